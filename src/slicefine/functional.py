@@ -1,0 +1,175 @@
+"""Reading, writing and differentiating one block of a dense weight: tensors only.
+
+Shape legend: ``W`` is ``(out, in)`` = (rows, columns); ``x`` is ``(..., in)``; ``y`` is ``(..., out)``;
+a block is ``(lines, line length)``, see `slicefine.geometry`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import ContentError
+from .geometry import Slice, entry_indices
+
+__all__ = ["Content", "line_index", "read_block", "slice_linear", "track_slice", "write_block"]
+
+
+class Content(Protocol):
+    """Something that knows which content its weight holds now (a number that never returns by accident)."""
+
+    @property
+    def content(self) -> int: ...
+
+    @property
+    def label(self) -> str: ...
+
+
+def line_index(block: Slice, shape: tuple[int, int]) -> Tensor:
+    """Indices of a slice's lines (rows, columns, or flat entries), int64: the data that moves with the slice."""
+    if block.axis == "entries":
+        return entry_indices(block, shape)
+    return torch.arange(block.start, block.start + block.width)
+
+
+def block_view(weight: Tensor, block: Slice) -> Tensor:
+    """View of a row or column slice as lines; writing to it writes to the weight."""
+    if block.axis == "row":
+        return weight.narrow(0, block.start, block.width)
+    return weight.narrow(1, block.start, block.width).t()
+
+
+def read_block(weight: Tensor, block: Slice, index: Tensor | None = None) -> Tensor:
+    """Copy of a slice's values as lines, in the weight's dtype and on its device."""
+    if block.axis != "entries":
+        return block_view(weight, block).clone(memory_format=torch.contiguous_format)
+    rows, columns = _coordinates(weight, block, index)
+    return weight[rows, columns].unsqueeze(0)
+
+
+def write_block(weight: Tensor, block: Slice, values: Tensor, index: Tensor | None = None) -> None:
+    """Overwrite a slice's entries in place with ``values`` (lines), converted to the weight's dtype."""
+    if block.axis != "entries":
+        block_view(weight, block).copy_(values)
+        return
+    rows, columns = _coordinates(weight, block, index)
+    weight.index_put_((rows, columns), values.to(weight).reshape(-1))
+
+
+def _coordinates(weight: Tensor, block: Slice, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    if index is None:
+        index = entry_indices(block, (weight.shape[0], weight.shape[1]))
+    index = index.to(weight.device)
+    return index // weight.shape[1], index % weight.shape[1]
+
+
+class _TrackSlice(torch.autograd.Function):
+    """Identity on the layer's output whose backward forms the gradient of the active block, and nothing else.
+
+    The forward GEMM and the input gradient stay the base layer's own (design decision 3); a row slice keeps a
+    reference to the input, a column slice a copy of its r columns, a random mask a reference to the input.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        parameter: Tensor,
+        index: Tensor,
+        axis: str,
+        owner: Content | None,
+    ) -> Tensor:
+        ctx.axis, ctx.owner, ctx.shape, ctx.dtype = axis, owner, parameter.shape, parameter.dtype
+        ctx.columns = x.shape[-1]
+        ctx.content = None if owner is None else owner.content
+        kept = x.index_select(-1, index) if axis == "column" else x
+        ctx.save_for_backward(kept, index)
+        # A new tensor over the same storage: an identity output would be a view, and a model that applies an
+        # in-place activation to a layer's output could not do so. Nothing saves a linear layer's output.
+        return y.view_as(y) if torch.compiler.is_compiling() else y.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.owner is not None and ctx.owner.content != ctx.content:
+            raise ContentError(
+                f"{ctx.owner.label}: the weights changed between forward and backward (an optimizer step, a move, or "
+                "another adapter became active). Run backward before changing them, or restore the same adapter first."
+            )
+        kept, index = ctx.saved_tensors
+        values = block_gradient(grad, kept, index, ctx.axis)
+        return (
+            grad if ctx.needs_input_grad[0] else None,
+            None,
+            pad_block(values, ctx.shape).to(ctx.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def block_gradient(grad: Tensor, kept: Tensor, index: Tensor, axis: str) -> Tensor:
+    """Gradient of a block as lines from the output gradient ``(..., out)`` and the kept input.
+
+    Rows: ``dY[:, rows].T @ X``. Columns: ``X[:, columns].T @ dY``. Entries: the dense gradient, gathered.
+    """
+    kept = kept.reshape(-1, kept.shape[-1]).to(grad.dtype)
+    grad = grad.reshape(-1, grad.shape[-1])
+    if axis == "row":
+        return grad.index_select(-1, index).t() @ kept
+    if axis == "column":
+        return kept.t() @ grad
+    return (grad.t() @ kept).reshape(-1).index_select(0, index).unsqueeze(0)
+
+
+def pad_block(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Zero-pad lines to the shape of the persistent parameter (only alternate mode on oblong layers needs it)."""
+    if values.shape == shape:
+        return values
+    return F.pad(values, (0, shape[1] - values.shape[1], 0, shape[0] - values.shape[0]))
+
+
+def track_slice(y: Tensor, x: Tensor, parameter: Tensor, index: Tensor, axis: str, owner: Content | None) -> Tensor:
+    """Return ``y`` with the gradient of the active block attached to ``parameter``.
+
+    Args:
+        y: output of the dense layer, ``(..., out)``; its weight already contains the block's values.
+        x: the layer's input, ``(..., in)``.
+        parameter: the persistent parameter ``(lines, line length)``; receives the gradient.
+        index: lines of the active slice, int64, on the same device.
+        axis: ``"row"``, ``"column"`` or ``"entries"``.
+        owner: knows which content the weight holds, so that a backward over other content raises; None: unchecked.
+
+    Raises:
+        ContentError: in backward, if the weight's content is not the forward's.
+    """
+    result: Tensor = _TrackSlice.apply(y, x, parameter, index, axis, owner)  # type: ignore[no-untyped-call]
+    return result
+
+
+def slice_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parameter: Tensor, block: Slice, owner: Content | None = None
+) -> Tensor:
+    """``F.linear`` with one dense GEMM whose backward forms only the gradient of ``block``.
+
+    Args:
+        x: ``(..., in)``.
+        weight: ``(out, in)``, frozen, already holding the block's values.
+        bias: ``(out,)`` or None.
+        parameter: ``(lines, line length)``, the block's values; receives the gradient.
+        block: the active slice.
+        owner: see `track_slice`.
+
+    Example:
+        >>> x, weight = torch.ones(2, 3), torch.zeros(4, 3)
+        >>> block = Slice("row", 1, 2)
+        >>> parameter = read_block(weight, block).requires_grad_()
+        >>> slice_linear(x, weight, None, parameter, block).sum().backward()
+        >>> parameter.grad.shape
+        torch.Size([2, 3])
+    """
+    index = line_index(block, (weight.shape[0], weight.shape[1])).to(x.device)
+    return track_slice(F.linear(x, weight, bias), x, parameter, index, block.axis, owner)

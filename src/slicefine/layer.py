@@ -1,0 +1,417 @@
+"""A dense layer with a moving slice: the base layer, one persistent parameter per adapter, and its journal."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .delta import KINDS, expected_shapes, pack, unpack
+from .errors import AdapterFileError, ConfigError, UnsupportedError
+from .functional import block_view, line_index, pad_block, read_block, track_slice, write_block
+from .geometry import Slice, line_length
+from .journal import Journal
+from .schedule import Schedule, slice_at
+
+__all__ = ["AdapterState", "SliceLinear", "is_transposed", "supports"]
+
+_STAMPS = itertools.count(1)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer keeps its weight as ``(in, out)``: transformers' ``Conv1D``."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def supports(layer: nn.Module) -> bool:
+    """Whether a layer is a dense linear map with a floating-point matrix that can be trained in place."""
+    weight = getattr(layer, "weight", None)
+    linear = isinstance(layer, nn.Linear) or is_transposed(layer)
+    return linear and isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
+
+
+class AdapterState:
+    """State of one adapter on one layer, beside its parameter: schedule, journal, index, and what is in sync."""
+
+    def __init__(self, schedule: Schedule, layer_name: str, history: int) -> None:
+        self.schedule = schedule
+        self.layer_name = layer_name
+        self.journal = Journal(history)
+        self.index = torch.empty(0, dtype=torch.int64)
+        self.stamp = next(_STAMPS)
+        self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
+        self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
+        self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
+        self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
+        self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
+
+
+class AdapterTensors(nn.Module):
+    """Input and output of one kind of file tensor; shapes follow the run, so nothing is stored here."""
+
+    def __init__(self, owner: SliceLinear, kind: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "_owner", owner)  # not a child module: the owner contains this one
+        self._kind = kind
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name in self._owner.states:
+            tensor = self._owner.file_tensors(name).get(self._kind)
+            if tensor is not None:
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in self._owner.states:
+            if prefix + name in state_dict:
+                self._owner.stage(name, self._kind, state_dict[prefix + name])
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self.__dict__.get("_owner")
+        if owner is not None and name in owner.states:
+            return owner.file_tensors(name)[self._kind]
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in getattr(self.__dict__.get("_owner"), "states", {}):
+            self._owner.stage(name, self._kind, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class SliceLinear(nn.Module):
+    """A linear layer of which one slice per adapter is trained in place.
+
+    The dense weight always holds what the forward needs: the values of the applied adapters, or the originals.
+    Forward runs the base layer itself; backward forms the active slice's gradient only.
+
+    Args:
+        base_layer: ``nn.Linear`` or transformers' ``Conv1D``; its weight is frozen here.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self._init_slices(base_layer)
+
+    def _init_slices(self, base_layer: nn.Module) -> None:
+        if not supports(base_layer):
+            raise UnsupportedError(
+                f"SliceFine trains the floating-point matrix of nn.Linear and Conv1D layers, not {type(base_layer)}. "
+                "Leave the layer out of target_modules."
+            )
+        self.base_layer = base_layer
+        base_layer.weight.requires_grad_(False)
+        self.states: dict[str, AdapterState] = {}
+        self.slicefine_active = nn.ParameterDict()
+        for kind in KINDS:
+            setattr(self, f"slicefine_{kind}", AdapterTensors(self, kind))
+        self.register_load_state_dict_post_hook(_sync_after_load)
+
+    # -- the weight -----------------------------------------------------------------------------------------------
+
+    def dense(self) -> Tensor:
+        """The weight as ``(out, in)``, detached from autograd's version counter.
+
+        Writes through it go unseen by autograd on purpose: after `disable`, `enable` the content is back, bit for
+        bit, and a backward may go on; `content` is what guards it.
+        """
+        weight = self.base_layer.weight.data
+        return weight.t() if is_transposed(self.base_layer) else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, columns)`` = (output units, input features)."""
+        rows, columns = self.base_layer.weight.shape
+        return (columns, rows) if is_transposed(self.base_layer) else (rows, columns)
+
+    @property
+    def applied(self) -> list[str]:
+        """Adapters whose values the dense weight holds, in the order of application."""
+        return [name for name, state in self.states.items() if state.journal.applied]
+
+    @property
+    def content(self) -> int:
+        """A number that names what the dense weight holds; equal numbers mean equal content."""
+        stamps = [self.states[name].stamp for name in self.applied]
+        return stamps[0] if len(stamps) == 1 else hash(tuple(stamps))
+
+    @property
+    def label(self) -> str:
+        """The layer's name, for messages."""
+        return next((state.layer_name for state in self.states.values()), type(self.base_layer).__name__)
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    def add_slice(self, name: str, schedule: Schedule, layer_name: str = "", history: int = 8) -> None:
+        """Create adapter ``name`` at its first position, not applied, with the base's own values."""
+        if name in self.states:
+            raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
+        state = AdapterState(schedule, layer_name, history)
+        shape = schedule.block_shape(self.shape)
+        dtype = self.base_layer.weight.dtype
+        master = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        self.slicefine_active[name] = nn.Parameter(
+            torch.zeros(shape, dtype=master, device=self.base_layer.weight.device)
+        )
+        self.states[name] = state
+        state.deferred = self.base_layer.weight.is_meta
+        if not state.deferred:
+            with self.reverted():
+                self._begin(name, slice_at(schedule, 0, self.shape, layer_name))
+                state.journal.revert(self.dense())
+
+    def delete_slice(self, name: str) -> None:
+        """Remove adapter ``name``; the weight is restored first if it was applied."""
+        self.apply_only([other for other in self.applied if other != name])
+        del self.states[name]
+        del self.slicefine_active[name]
+
+    def apply_only(self, names: Sequence[str]) -> None:
+        """Make the weight hold exactly the adapters ``names``; the originals elsewhere, bit for bit."""
+        names = [name for name in names if name in self.states]
+        for name in names:
+            self._settle(name)
+        if names == self.applied or self.base_layer.weight.is_meta:
+            return
+        weight = self.dense()
+        for name in reversed(self.applied):
+            self._sync(name)
+            self.states[name].journal.revert(weight)
+        if len(names) == 1:
+            self.states[names[0]].journal.apply(weight)
+        else:
+            deltas = {name: self.states[name].journal.deltas(weight) for name in names}
+            for name in names:
+                self.states[name].journal.add(weight, deltas[name])
+        # application order is state order, so that reverting in reverse restores every entry
+        self.states = {k: self.states[k] for k in [*(n for n in self.states if n not in names), *names]}
+
+    @contextmanager
+    def reverted(self) -> Iterator[Tensor]:
+        """The dense weight with its originals in place, for as long as the context lasts."""
+        names = self.applied
+        self.apply_only([])
+        try:
+            yield self.dense()
+        finally:
+            self.apply_only(names)
+
+    def block(self, name: str) -> Tensor:
+        """The active part of adapter ``name``'s parameter, without padding (shares its storage)."""
+        active, parameter = self.states[name].journal.active, self.slicefine_active[name].data
+        if active.axis == "entries":
+            return parameter
+        return parameter[: active.width, : line_length(active.axis, self.shape)]
+
+    def weight_block(self, name: str) -> Tensor:
+        """What the dense weight holds at the active slice, shaped and typed like the parameter (padded)."""
+        state, parameter = self.states[name], self.slicefine_active[name]
+        values = read_block(self.dense(), state.journal.active, state.index)
+        return pad_block(values, parameter.shape).to(parameter.dtype)
+
+    def active_entries(self, name: str) -> int:
+        """Entries that adapter ``name`` trains now; padding does not count."""
+        if self.states[name].deferred:
+            first = slice_at(self.states[name].schedule, 0, self.shape, self.states[name].layer_name)
+            return first.width * line_length(first.axis, self.shape)
+        return self.block(name).numel()
+
+    # -- moving ---------------------------------------------------------------------------------------------------
+
+    def move(self, name: str, block: Slice) -> None:
+        """Freeze the active slice of an applied adapter and load ``block`` into its parameter."""
+        self._sync(name)
+        self._begin(name, block)
+
+    def undo(self, name: str) -> None:
+        """Take back the last move of an applied adapter."""
+        state = self.states[name]
+        state.journal.undo(self.dense())
+        self._load_active(name)
+
+    def _begin(self, name: str, block: Slice) -> None:
+        self.states[name].journal.begin(self.dense(), block)
+        self._load_active(name)
+
+    def _load_active(self, name: str) -> None:
+        """Make parameter, index and content stamp agree with the journal's active slice."""
+        state, parameter = self.states[name], self.slicefine_active[name]
+        active = state.journal.active
+        if not parameter.is_meta:
+            with torch.no_grad():
+                parameter.data.zero_()
+                self.block(name).copy_(read_block(self.dense(), active))
+        state.index = line_index(active, self.shape).to(self.base_layer.weight.device)
+        state.previous = None
+        self.mark_synced(name)
+
+    # -- keeping the weight in step with the parameter ------------------------------------------------------------
+
+    def mark_synced(self, name: str) -> None:
+        """Note that the weight holds the parameter's values as they are now."""
+        state, parameter = self.states[name], self.slicefine_active[name]
+        state.synced = (id(parameter), parameter._version)
+        state.stamp = next(_STAMPS)
+
+    def write_target(self, name: str) -> Tensor | None:
+        """View of the dense weight that the active block belongs to; None for a random mask."""
+        active = self.states[name].journal.active
+        return None if active.axis == "entries" else block_view(self.dense(), active)
+
+    def _in_sync(self, name: str) -> bool:
+        state, parameter = self.states[name], self.slicefine_active[name]
+        return state.synced == (id(parameter), parameter._version)
+
+    def _sync(self, name: str) -> None:
+        """Write the parameter into the weight if something changed it (an optimizer, a loader, an average)."""
+        state = self.states[name]
+        if self._in_sync(name) or not state.journal.applied or self.slicefine_active[name].is_meta:
+            return
+        write_block(self.dense(), state.journal.active, self.block(name), state.index)
+        if state.previous is not None:
+            state.previous.copy_(self.block(name))
+        self.mark_synced(name)
+
+    def _settle(self, name: str) -> None:
+        """Finish what had to wait: a base weight without values, a file's tensors, a parameter written elsewhere."""
+        state = self.states[name]
+        if self.base_layer.weight.is_meta:
+            return
+        if state.deferred and "journal" not in state.staged:
+            with self.reverted():
+                self._begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
+                state.journal.revert(self.dense())
+        state.deferred = False
+        if "journal" in state.staged and not self.slicefine_active[name].is_meta:
+            self._install(name)
+        elif not state.journal.applied and not self._in_sync(name):
+            self._refresh_reverted(name)
+        self._sync(name)
+
+    def _install(self, name: str) -> None:
+        """Replace adapter ``name`` by the file tensors that were staged."""
+        state, parameter = self.states[name], self.slicefine_active[name]
+        tensors = {kind: t.detach() for kind, t in state.staged.items()}
+        values = unpack(tensors, parameter, self.shape, state.layer_name)
+        names = self.applied
+        self.apply_only([other for other in names if other != name])
+        state.staged, state.layout = {}, {}
+        state.journal.load(tensors["journal"].cpu(), values)
+        state.index = line_index(state.journal.active, self.shape).to(self.base_layer.weight.device)
+        half = parameter.dtype != self.base_layer.weight.dtype  # then the weight cannot tell the master's values
+        state.previous = parameter.detach().clone() if half else None
+        self.mark_synced(name)
+        self.apply_only(names)
+
+    def _refresh_reverted(self, name: str) -> None:
+        """A parameter changed while its adapter was not applied: carry the new values into the journal."""
+        state = self.states[name]
+        if self.slicefine_active[name].is_meta:
+            return
+        with self.reverted():
+            state.journal.apply(self.dense())
+            self._sync(name)
+            state.journal.revert(self.dense())
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def file_tensors(self, name: str) -> dict[str, Tensor]:
+        """Tensors of adapter ``name`` for a file (see `slicefine.delta`), the active block left out."""
+        state = self.states[name]
+        if state.staged or state.layout or state.deferred:  # not loaded yet: say what is expected
+            return {k: torch.empty(s, dtype=_dtype(k)) for k, s in state.layout.items()} | state.staged
+        self._settle(name)
+        return pack(state.journal, self.dense())
+
+    def expect(self, name: str, layout: dict[str, tuple[int, ...]]) -> None:
+        """Announce the shapes that a file will bring, for loaders that compare shapes before they load."""
+        self.states[name].layout = layout
+
+    def stage(self, name: str, kind: str, tensor: Tensor) -> None:
+        """Take over one tensor of a file; it is installed when the journal and the active block are there."""
+        if kind == "journal":
+            expected_shapes(tensor, self.shape)  # refuse a foreign or corrupt journal before anything changes
+        self.states[name].staged[kind] = tensor
+
+    def load_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Install a file's tensors, ``active`` among them, in one go."""
+        parameter = self.slicefine_active[name]
+        active = tensors.get("active")
+        if active is None or active.shape != parameter.shape or "journal" not in tensors:
+            raise AdapterFileError(
+                f"{self.label}: the file has an active block of shape {None if active is None else tuple(active.shape)}"
+                f"{'' if 'journal' in tensors else ' and no journal'}, expected {tuple(parameter.shape)}; use the rank "
+                "and mode it was trained with."
+            )
+        device = self.base_layer.weight.device
+        for kind in KINDS:
+            if kind in tensors:
+                self.stage(name, kind, tensors[kind].to(device))
+        with torch.no_grad():
+            parameter.copy_(active)
+        self._settle(name)
+
+    # -- nn.Module ------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
+        synced = {name for name in self.states if self._in_sync(name)}
+        super()._apply(fn, recurse)
+        device = self.base_layer.weight.device
+        for name, state in self.states.items():
+            if device.type != "meta":
+                state.index = state.index.to(device)
+            if name in synced:  # the values are the same ones, elsewhere or in another precision
+                state.synced = (id(self.slicefine_active[name]), self.slicefine_active[name]._version)
+        return self
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
+        names = self.applied
+        if not torch.compiler.is_compiling():
+            self._check(names)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return y
+        trained = [name for name in names if self.slicefine_active[name].requires_grad]
+        if not trained:
+            return y
+        if len(names) > 1:
+            return _RefuseBackward.apply(y, self.slicefine_active[trained[0]], self.label)  # type: ignore[no-untyped-call]
+        state = self.states[trained[0]]
+        owner = None if torch.compiler.is_compiling() else self
+        return track_slice(y, x, self.slicefine_active[trained[0]], state.index, state.journal.active.axis, owner)
+
+    def _check(self, names: list[str]) -> None:
+        for name in names:
+            state = self.states[name]
+            if state.staged or state.deferred or not self._in_sync(name):
+                self._settle(name)
+
+
+class _RefuseBackward(torch.autograd.Function):
+    """Identity whose backward says that several adapters cannot be trained at once."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, parameter: Tensor, label: str) -> Tensor:  # type: ignore[override]
+        ctx.label = label
+        return y.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise UnsupportedError(
+            f"{ctx.label}: several SliceFine adapters are active and one of them requires gradients. Their slices share "
+            "one dense weight, so train one at a time: set_adapter(name), or set inference_mode on all of them."
+        )
+
+
+def _dtype(kind: str) -> torch.dtype:
+    return torch.int64 if kind == "journal" else torch.float32
+
+
+def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:
+    assert isinstance(layer, SliceLinear)
+    for name in layer.states:
+        layer._settle(name)

@@ -1,0 +1,405 @@
+"""The only stateful loop: after an optimizer step, write the slices back; when it is time, move them.
+
+Moves ride on PyTorch's optimizer-step hook, so any training loop works unchanged. A hook sees steps, not
+micro-batches: gradient accumulation, recomputation and skipped steps never move a slice.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from .errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
+from .geometry import Slice
+from .layer import SliceLinear
+from .schedule import POLICIES, Moves, plan_moves, slice_at, wrap_visit
+
+__all__ = ["FALLBACK_INTERVAL", "Mover", "MoveSettings", "movers_of", "reset_optimizer_state"]
+
+FALLBACK_INTERVAL = 500  # the paper's N (Appendix I), for custom loops of unknown length
+FOREIGN_STEPS = 3  # steps of other optimizers, with gradients waiting for ours, before this is called a mistake
+
+# optimizer state that starts at zero: zeroing it in place equals a fresh state and keeps captured graphs valid
+ZERO_STATE = frozenset(
+    {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "square_avg",
+        "grad_avg",
+        "momentum_buffer",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "row_var",
+        "col_var",
+        "variance",
+    }
+)
+# whole-tensor statistics would mix the padding of an oblong alternate block into the update
+_FACTORED = ("Adafactor",)
+_REFUSED = {
+    "LBFGS": "it evaluates the loss several times per step and keeps a history across moves",
+    "SparseAdam": "it needs sparse gradients",
+    "Muon": "it orthogonalises whole matrices, which a slice of a matrix is not",
+}
+
+_MOVERS: weakref.WeakSet[Mover] = weakref.WeakSet()
+
+
+@dataclass
+class MoveSettings:
+    """When slices move and what happens to the optimizer's state then.
+
+    Attributes:
+        moves: number of moves, spread evenly over the run; None if ``interval`` is given.
+        interval: steps between moves (the paper's N); overrides ``moves``.
+        total_steps: optimizer steps of the run; transformers' ``Trainer`` tells it by itself.
+        minimum_steps: with ``moves``, a position gets at least this many steps, or there are fewer moves.
+        policy: ``"reset"`` starts the new slice with fresh optimizer state, ``"rewarm"`` also scales its first
+            updates up from zero, ``"keep"`` leaves the old slice's state in place (for study).
+        rewarm_steps: length of that ramp in optimizer steps.
+    """
+
+    moves: int | None = 8
+    interval: int | None = None
+    total_steps: int | None = None
+    minimum_steps: int = 50
+    policy: str = "reset"
+    rewarm_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(f"state_policy={self.policy!r} is unknown; expected one of {', '.join(POLICIES)}.")
+        for name, value, low in (
+            ("moves", self.moves, 0),
+            ("interval", self.interval, 1),
+            ("total_steps", self.total_steps, 1),
+            ("minimum_steps", self.minimum_steps, 1),
+            ("rewarm_steps", self.rewarm_steps, 1),
+        ):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
+        if self.moves is None and self.interval is None:
+            raise ConfigError("give either moves= (a number of moves) or interval= (steps between moves).")
+
+    def plan(self, total_steps: int | None) -> Moves | None:
+        """Resolve to an interval; None while the run's length is needed and unknown."""
+        if self.interval is not None:
+            return Moves(self.interval)
+        total = total_steps if total_steps is not None else self.total_steps
+        if self.moves == 0:
+            return Moves(None, 0)
+        if total is None or self.moves is None:
+            return None
+        return plan_moves(self.moves, total, self.minimum_steps)
+
+
+@dataclass(eq=False)
+class Mover:
+    """Moves the slices of one adapter in step with the optimizer.
+
+    Attributes:
+        name: the adapter.
+        layers: its layers by name.
+        settings: when to move, and the policy for optimizer state.
+        run_start: the step at which this run began; moves are counted from there.
+    """
+
+    name: str
+    layers: dict[str, SliceLinear]
+    settings: MoveSettings
+    run_start: int = 0
+    plan: Moves | None = None
+    moves_before: int = 0
+    foreign_steps: int = 0
+    stepped: bool = False
+    warned: bool = False
+    _owners: Any = field(default_factory=weakref.WeakSet, repr=False)
+
+    def __post_init__(self) -> None:
+        _MOVERS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_owners"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copied or unpickled model moves by itself, too
+        self.__dict__.update(state)
+        self._owners = weakref.WeakSet()
+        _MOVERS.add(self)
+
+    # -- what a user may ask --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that trained this adapter so far."""
+        return next((layer.states[self.name].journal.step for layer in self._with_adapter()), 0)
+
+    @property
+    def visits(self) -> int:
+        """Positions visited so far, the first included."""
+        return next((len(layer.states[self.name].journal.visits) for layer in self._with_adapter()), 0)
+
+    def active_entries(self) -> int:
+        """Entries in training now; padding does not count."""
+        return sum(layer.active_entries(self.name) for layer in self._with_adapter())
+
+    def slices(self) -> dict[str, Slice]:
+        """The active slice of every layer."""
+        return {
+            name: layer.states[self.name].journal.active
+            for name, layer in self.layers.items()
+            if self.name in layer.states and layer.states[self.name].journal.visits
+        }
+
+    def begin_run(self, total_steps: int | None, done: int = 0) -> None:
+        """Tell the run's length, and how many of its optimizer steps were done before (when resuming).
+
+        Warns when the run would never move, or would come back to slices that it trained before.
+        """
+        self.run_start = self.step - done
+        if total_steps is not None and total_steps <= 0:
+            total_steps = None
+        self.plan = self.settings.plan(total_steps)
+        self.moves_before = self._moves_before_run()
+        total = total_steps or self.settings.total_steps
+        if done == 0 and total is not None and self.plan is not None:
+            self._warn_about_plan(self.plan, total)
+
+    def move(self, to: Mapping[str, Slice] | None = None) -> None:
+        """Freeze the active slices and go on to the next ones (or to ``to``, by layer name)."""
+        self._move(to or {}, list(self._owners))
+
+    def undo(self, moves: int = 1) -> None:
+        """Take back the last visit or visits; see `Journal.undo`."""
+        for _ in range(moves):
+            for layer in self._with_adapter():
+                layer.undo(self.name)
+        self._reset(list(self._owners))
+
+    # -- the hook -------------------------------------------------------------------------------------------------
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """React to one step of ``optimizer``; steps of optimizers that own none of our slices are not ours."""
+        layers = self._training()
+        if not layers:
+            return
+        owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        owned = [layer for layer in layers if id(layer.slicefine_active[self.name]) in owned_ids]
+        if not owned:
+            self._note_foreign_step(layers)
+            return
+        self.foreign_steps, self.stepped = 0, True
+        if optimizer not in self._owners:
+            self._refuse(optimizer)
+            self._owners.add(optimizer)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
+            return
+        self._write_back(owned)
+        if layers[0] is owned[0]:  # with several optimizers, the one that owns the first layer sets the pace
+            self._count_step()
+
+    def _count_step(self) -> None:
+        for layer in self._with_adapter():
+            layer.states[self.name].journal.count_step()
+        if self.plan is None:
+            self._plan_without_length()
+        assert self.plan is not None
+        if self.plan.due(self.step - self.run_start, self.visits - 1 - self.moves_before):
+            self.move()
+
+    def _write_back(self, layers: list[SliceLinear]) -> None:
+        """One multi-tensor copy of all active blocks into their dense weights."""
+        self._rewarm(layers)
+        targets: list[Tensor] = []
+        values: list[Tensor] = []
+        for layer in layers:
+            target = layer.write_target(self.name)
+            if target is None:
+                layer._sync(self.name)
+            else:
+                targets.append(target)
+                values.append(layer.block(self.name))
+        if targets:
+            torch._foreach_copy_(targets, values)
+        for layer in layers:
+            layer.mark_synced(self.name)
+
+    def _rewarm(self, layers: list[SliceLinear]) -> None:
+        """Scale the updates of the first steps after a move, whatever the optimizer and its group's rate."""
+        if self.settings.policy != "rewarm":
+            return
+        for layer in layers:
+            state, parameter = layer.states[self.name], layer.slicefine_active[self.name].data
+            visit = state.journal.visits[-1]
+            done = visit.last_step - visit.first_step + 2  # this step included
+            if len(state.journal.visits) > 1 and done < self.settings.rewarm_steps:
+                before = state.previous if state.previous is not None else layer.weight_block(self.name)
+                parameter.copy_(torch.lerp(before, parameter, done / self.settings.rewarm_steps))
+                state.previous = parameter.clone()
+            else:
+                state.previous = None
+
+    def _move(self, to: Mapping[str, Slice], optimizers: list[Optimizer]) -> None:
+        layers = {n: layer for n, layer in self.layers.items() if self.name in layer.states}
+        self._check_finite(layers)
+        for name, layer in layers.items():
+            state = layer.states[self.name]
+            if not state.journal.applied:
+                raise ConfigError(f"{name}: adapter {self.name!r} is not active; call set_adapter({self.name!r}) first.")
+            visit = len(state.journal.visits)
+            block = to[name] if name in to else slice_at(state.schedule, visit, layer.shape, state.layer_name)
+            layer.move(self.name, block)
+        self._reset(optimizers)
+
+    def _reset(self, optimizers: list[Optimizer]) -> None:
+        if self.settings.policy == "keep":
+            return
+        for optimizer in optimizers:
+            for layer in self._with_adapter():
+                reset_optimizer_state(optimizer, layer.slicefine_active[self.name])
+
+    # -- guards ---------------------------------------------------------------------------------------------------
+
+    def _check_finite(self, layers: Mapping[str, SliceLinear]) -> None:
+        flags = {name: layer.block(self.name).isfinite().all() for name, layer in layers.items()}
+        if flags and not bool(torch.stack([f.cpu() for f in flags.values()]).all()):
+            bad = [name for name, flag in flags.items() if not flag]
+            raise NumericalError(
+                f"step {self.step}: the active slice of {bad[0]} ({len(bad)} layers in all) is NaN or infinite, so it is "
+                "not committed. Lower the learning rate, clip gradients, or look for bad rows in the data."
+            )
+
+    def _refuse(self, optimizer: Optimizer) -> None:
+        name = type(optimizer).__name__
+        reason = _REFUSED.get(name)
+        if reason is not None:
+            raise UnsupportedError(f"SliceFine does not work with {name}: {reason}. Use AdamW, SGD or Adafactor.")
+        padded = [n for n, layer in self.layers.items() if self.name in layer.states and self._padded(layer)]
+        if name in _FACTORED and padded:
+            raise UnsupportedError(
+                f"{name} averages over a whole parameter, and mode='alternate' pads the parameter of oblong layers such "
+                f"as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
+            )
+
+    def _padded(self, layer: SliceLinear) -> bool:
+        schedule = layer.states[self.name].schedule
+        rows, columns = layer.shape
+        return schedule.mode == "alternate" and (rows != columns or schedule.row_rank != schedule.column_rank)
+
+    def _note_foreign_step(self, layers: list[SliceLinear]) -> None:
+        """An optimizer that owns no slice stepped: a mistake if gradients wait and no other optimizer comes."""
+        if self.stepped or layers[0].slicefine_active[self.name].grad is None:
+            return
+        self.foreign_steps += 1
+        if self.foreign_steps >= FOREIGN_STEPS:
+            raise OptimizerError(
+                f"adapter {self.name!r}: gradients arrive, but {self.foreign_steps} optimizer steps went by and no "
+                "optimizer holds the slices' parameters. Build the optimizer after get_peft_model (or attach), from "
+                "the parameters that require gradients."
+            )
+
+    def _plan_without_length(self) -> None:
+        self.plan = self.settings.plan(None)
+        if self.plan is None:
+            self.plan = Moves(FALLBACK_INTERVAL)
+            warnings.warn(
+                f"moves={self.settings.moves} needs the run's length, which this training loop does not tell. Moving every "
+                f"{FALLBACK_INTERVAL} steps instead; pass total_steps= or interval= to decide.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _warn_about_plan(self, plan: Moves, total: int) -> None:
+        due = 0 if plan.interval is None else (total - 1) // plan.interval
+        due = due if plan.limit is None else min(due, plan.limit)
+        fixed = {layer.states[self.name].schedule.positions for layer in self._with_adapter()} == {"fixed"}
+        if due == 0 and not fixed and self.settings.moves != 0:
+            warnings.warn(
+                f"SliceFine: the slice will not move in this run of {total} steps (interval {plan.interval}, at least "
+                f"{self.settings.minimum_steps} steps per position). Train longer, or lower interval= or "
+                "minimum_steps=, if it should.",
+                UserWarning,
+                stacklevel=2,
+            )
+        for name, layer in self.layers.items():
+            if self.name not in layer.states:
+                continue
+            wrap = wrap_visit(layer.states[self.name].schedule, layer.shape)
+            if wrap is not None and due >= wrap and not self.warned:
+                self.warned = True
+                warnings.warn(
+                    f"SliceFine: {due} moves go around the matrix of {name} (shape {layer.shape}) from move {wrap} on, so "
+                    "slices are trained again. Use fewer moves or a smaller rank if that is not wanted.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+
+    def _with_adapter(self) -> list[SliceLinear]:
+        return [layer for layer in self.layers.values() if self.name in layer.states]
+
+    def _training(self) -> list[SliceLinear]:
+        return [
+            layer
+            for layer in self._with_adapter()
+            if layer.slicefine_active[self.name].requires_grad and layer.states[self.name].journal.applied
+        ]
+
+    def _moves_before_run(self) -> int:
+        """Moves made by earlier runs: they do not count against this run's limit."""
+        starts = [
+            visit.first_step
+            for layer in self._with_adapter()[:1]
+            for visit in layer.states[self.name].journal.visits[1:]
+        ]
+        return sum(first <= self.run_start for first in starts)
+
+
+def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Give one parameter the optimizer state of a new one: moments, Adam's step count, quantised states.
+
+    State that starts at zero is zeroed in place; anything else is dropped, so that the optimizer rebuilds it.
+    Keeping the step count would make Adam's first update about three times too large.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    tensors = {key: value for key, value in state.items() if value is not None}
+    known = all(
+        key in ZERO_STATE and (not isinstance(v, Tensor) or v.is_floating_point()) for key, v in tensors.items()
+    )
+    damped = any(group.get("dampening", 0) for group in optimizer.param_groups)  # SGD: its first step is undamped
+    if not known or damped:
+        optimizer.state.pop(parameter)
+        return
+    for key, value in tensors.items():
+        if isinstance(value, Tensor):
+            value.zero_()
+        else:
+            state[key] = 0
+
+
+def movers_of(model: torch.nn.Module) -> list[Mover]:
+    """Movers of the slices inside ``model``, in the order in which the adapters were added."""
+    layers = {id(module) for module in model.modules() if isinstance(module, SliceLinear)}
+    found = [mover for mover in _MOVERS if any(id(layer) in layers for layer in mover.layers.values())]
+    order = {name: i for i, name in enumerate(dict.fromkeys(n for m in model.modules() for n in getattr(m, "states", ())))}
+    return sorted(found, key=lambda mover: order.get(mover.name, math.inf))
+
+
+def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for mover in list(_MOVERS):
+        mover.after_step(optimizer)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)

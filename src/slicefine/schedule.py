@@ -1,0 +1,189 @@
+"""Where the slice is and when it moves: pure functions of (visit, layer shape, layer name, seed).
+
+Every process that knows the settings and the number of visits made computes the same slice, so nothing
+has to be communicated between ranks and resuming needs only the journal (paper, Section 3, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ConfigError
+from .geometry import AXES, Slice, block_count, block_start
+
+__all__ = ["MODES", "POLICIES", "POSITIONS", "Moves", "Schedule", "plan_moves", "slice_at", "wrap_visit"]
+
+MODES = ("row", "column", "alternate", "random_mask")
+POSITIONS = ("sweep", "random", "fixed")
+POLICIES = ("reset", "rewarm", "keep")
+
+# visit number, layer name, (rows, columns) -> the slice to train
+PositionFunction = Callable[[int, str, tuple[int, int]], Slice]
+Positions = str | Sequence[int] | PositionFunction
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Settings that decide which slice a layer trains at its n-th visit.
+
+    Attributes:
+        mode: ``"row"``, ``"column"``, ``"alternate"`` (a row block first, then a column block, and so on),
+            or ``"random_mask"`` (Appendix K).
+        row_rank, column_rank: slice rank r of each orientation.
+        positions: ``"sweep"`` (index 0, stride = rank, wrap-around), ``"random"`` (seeded, covers everything
+            before repeating), ``"fixed"`` (never changes place), a list of starts used in turn, or a function
+            ``(visit, layer name, shape) -> Slice``.
+        mask_fraction: budget of the random mask as a fraction of the matrix; None means as many entries as a
+            row slice of rank ``row_rank`` has.
+        seed: seed of random positions and masks.
+
+    Example:
+        >>> schedule = Schedule(mode="alternate", row_rank=5, column_rank=5)
+        >>> [slice_at(schedule, visit, (64, 32)).axis for visit in range(3)]
+        ['row', 'column', 'row']
+    """
+
+    mode: str = "alternate"
+    row_rank: int = 5
+    column_rank: int = 5
+    positions: Positions = "sweep"
+    mask_fraction: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode={self.mode!r} is unknown; expected one of {', '.join(MODES)}.")
+        for name, rank in (("row", self.row_rank), ("column", self.column_rank)):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ConfigError(f"{name} rank r={rank!r} must be an integer of at least 1.")
+        if isinstance(self.positions, str) and self.positions not in POSITIONS:
+            raise ConfigError(
+                f"positions={self.positions!r} is unknown; expected one of {', '.join(POSITIONS)}, "
+                "a list of start indices, or a function (visit, layer name, shape) -> Slice."
+            )
+        if self.mask_fraction is not None and not 0.0 < self.mask_fraction <= 1.0:
+            raise ConfigError(f"mask_fraction={self.mask_fraction!r} must lie in (0, 1].")
+
+    def axis(self, visit: int) -> str:
+        """Orientation of a visit: ``"row"``, ``"column"`` or ``"entries"``."""
+        if self.mode == "alternate":
+            return AXES[visit % 2]
+        return "entries" if self.mode == "random_mask" else self.mode
+
+    def rank(self, axis: str) -> int:
+        """Configured rank of an orientation, before it is clamped to the matrix."""
+        return self.column_rank if axis == "column" else self.row_rank
+
+    def block_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape ``(lines, line length)`` of the one parameter that serves every visit to a matrix."""
+        rows, columns = shape
+        row = (min(self.row_rank, rows), columns)
+        column = (min(self.column_rank, columns), rows)
+        if self.mode == "random_mask":
+            return (1, self.mask_count(shape))
+        if self.mode == "alternate":
+            return (max(row[0], column[0]), max(row[1], column[1]))
+        return row if self.mode == "row" else column
+
+    def mask_count(self, shape: tuple[int, int]) -> int:
+        """Number of entries of a random mask on a matrix of ``shape``."""
+        total = shape[0] * shape[1]
+        if self.mask_fraction is None:
+            return min(self.row_rank * shape[1], total)
+        return max(1, round(self.mask_fraction * total))
+
+
+def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str = "") -> Slice:
+    """The slice that a layer trains at its ``visit``-th position (0 is the first).
+
+    Args:
+        schedule: the settings.
+        visit: how many moves were made before.
+        shape: ``(rows, columns)`` of the weight matrix.
+        layer: the layer's name, so that random positions differ between layers.
+
+    Raises:
+        ConfigError: if a user's list or function gives a slice outside the matrix.
+
+    Example:
+        >>> slice_at(Schedule(mode="row", row_rank=4), 2, (10, 8))
+        Slice(axis='row', start=6, width=4)
+    """
+    axis = schedule.axis(visit)
+    if axis == "entries":
+        draw = 0 if schedule.positions == "fixed" else visit
+        return Slice(axis, _seed(schedule.seed, layer, draw), schedule.mask_count(shape))
+    if callable(schedule.positions):
+        chosen = schedule.positions(visit, layer, shape)
+        chosen.check(shape, f"positions function, layer {layer!r}, visit {visit}")
+        return chosen
+    size = shape[AXES.index(axis)]
+    width = min(schedule.rank(axis), size)
+    turn = visit // 2 if schedule.mode == "alternate" else visit  # each orientation has its own cycle
+    if not isinstance(schedule.positions, str):
+        chosen = Slice(axis, int(schedule.positions[turn % len(schedule.positions)]), width)
+        chosen.check(shape, f"positions list, layer {layer!r}, visit {visit}")
+        return chosen
+    blocks = block_count(size, width)
+    cycle, block = divmod(turn, blocks)
+    if schedule.positions == "fixed":
+        block = 0
+    elif schedule.positions == "random":
+        generator = torch.Generator().manual_seed(_seed(schedule.seed, layer + axis, cycle))
+        block = int(torch.randperm(blocks, generator=generator)[block])
+    return Slice(axis, block_start(block, size, width), width)
+
+
+def wrap_visit(schedule: Schedule, shape: tuple[int, int]) -> int | None:
+    """First visit at which a sweep returns to lines that it trained before; None if it never does."""
+    if schedule.positions not in ("sweep", "random") or schedule.mode == "random_mask":
+        return None
+    counts = {
+        axis: block_count(shape[AXES.index(axis)], min(schedule.rank(axis), shape[AXES.index(axis)]))
+        for axis in ("row", "column")
+    }
+    if schedule.mode == "alternate":
+        return min(2 * counts["row"], 2 * counts["column"] + 1)
+    return counts[schedule.mode]
+
+
+@dataclass(frozen=True)
+class Moves:
+    """When to move: after steps ``interval``, ``2 * interval``, ... at most ``limit`` times (None: no limit)."""
+
+    interval: int | None
+    limit: int | None = None
+
+    def due(self, step: int, made: int) -> bool:
+        """Whether a move follows optimizer step number ``step`` (1 is the first), ``made`` moves after the start."""
+        if self.interval is None or step < 1 or step % self.interval:
+            return False
+        return self.limit is None or made < self.limit
+
+
+def plan_moves(moves: int, total_steps: int, minimum: int = 50) -> Moves:
+    """Spread ``moves`` evenly over a run, fewer if a position would get less than ``minimum`` steps.
+
+    The paper's fixed N=500 gives no move at all on tasks of a few hundred steps; a number of moves adapts.
+
+    Example:
+        >>> plan_moves(8, 900)
+        Moves(interval=100, limit=8)
+        >>> plan_moves(8, 200)
+        Moves(interval=50, limit=3)
+    """
+    positions = max(1, min(moves + 1, total_steps // max(1, minimum)))
+    if positions == 1:
+        return Moves(None, 0)
+    return Moves(total_steps // positions, positions - 1)
+
+
+def _seed(seed: int, layer: str, number: int) -> int:
+    """A 63-bit seed from a run's seed, a layer's name and a counter (stable across processes)."""
+    low = zlib.crc32(f"{seed}/{layer}/{number}".encode())
+    high = zlib.crc32(f"{number}/{layer}/{seed}".encode()[::-1])
+    return (high << 31 ^ low) & (2**63 - 1)

@@ -1,0 +1,235 @@
+"""SliceFine on any ``nn.Module``, without PEFT: `attach`, train with any optimizer, `save`, `unload`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .delta import Delta
+from .errors import AdapterFileError, ConfigError
+from .layer import SliceLinear, supports
+from .mover import Mover, MoveSettings
+from .schedule import Positions, Schedule
+
+__all__ = ["FORMAT_VERSION", "SliceTuner", "attach", "match_layers"]
+
+FORMAT_VERSION = 1
+_NAME = "default"
+
+
+class SliceTuner:
+    """A model whose chosen layers train one slice each; made by `attach`.
+
+    Attributes:
+        model: the model, changed in place; use it as before.
+        mover: moves the slices after optimizer steps.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, SliceLinear], mover: Mover) -> None:
+        self.model, self.layers, self.mover = model, layers, mover
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The persistent parameters to hand to an optimizer, one per layer."""
+        return [layer.slicefine_active[_NAME] for layer in self.layers.values()]
+
+    def move(self) -> None:
+        """Freeze the active slices now and go on to the next ones."""
+        self.mover.move()
+
+    def undo(self, moves: int = 1) -> None:
+        """Take back the last visits."""
+        self.mover.undo(moves)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model with its original weights, bit for bit, for as long as the context lasts."""
+        for layer in self.layers.values():
+            layer.apply_only([])
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.apply_only([_NAME])
+
+    def delta(self) -> Delta:
+        """``{layer name: [(slice, trained - original), ...]}``, each entry counted once."""
+        result: Delta = {}
+        for name, layer in self.layers.items():
+            with layer.reverted() as weight:
+                result[name] = layer.states[_NAME].journal.deltas(weight)
+        return result
+
+    def unload(self, merge: bool = False) -> nn.Module:
+        """Remove every trace: the base layers return with their original weights, or with the trained ones.
+
+        Args:
+            merge: keep the trained values in the weights.
+        """
+        for name, layer in self.layers.items():
+            layer.apply_only([_NAME] if merge else [])
+            _set_module(self.model, name, layer.base_layer)
+        self.mover.layers = {}
+        self.layers = {}
+        return self.model
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the slices and their journal to one safetensors file."""
+        tensors = {}
+        for name, layer in self.layers.items():
+            for kind, tensor in layer.file_tensors(_NAME).items():
+                tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
+            tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
+        metadata = {"format": "pt", "slicefine": json.dumps({"version": FORMAT_VERSION})}
+        target = Path(path)
+        aside = target.with_name(target.name + ".partial")
+        try:
+            safetensors.torch.save_file(tensors, aside, metadata=metadata)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Replace the slices by those of a file that `save` wrote for the same layers.
+
+        Raises:
+            AdapterFileError: if the file is missing, corrupt, or was written for other layers.
+        """
+        tensors = _read_file(Path(path))
+        names = {key.rpartition(".slicefine_")[0] for key in tensors}
+        if names != set(self.layers):
+            odd = sorted(names ^ set(self.layers))[:3]
+            raise AdapterFileError(
+                f"{path}: the file's layers differ from the model's ({', '.join(odd)}, ...). Attach with the same "
+                "target_modules, to the same base model, as when the file was written."
+            )
+        for name, layer in self.layers.items():
+            own = {
+                key.removeprefix(f"{name}.slicefine_"): t
+                for key, t in tensors.items()
+                if key.startswith(f"{name}.slicefine_")
+            }
+            layer.load_tensors(_NAME, own)
+
+
+def attach(
+    model: nn.Module,
+    *,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] = (),
+    r: int = 5,
+    mode: str = "alternate",
+    r_row: int | None = None,
+    r_column: int | None = None,
+    positions: Positions = "sweep",
+    mask_fraction: float | None = None,
+    seed: int = 0,
+    history: int = 8,
+    train_rest: bool = False,
+    **moves: Any,
+) -> SliceTuner:
+    """Train one slice of each chosen layer of any model, in place.
+
+    Args:
+        model: changed in place: chosen ``nn.Linear`` and ``Conv1D`` layers are wrapped, everything is frozen.
+        target_modules: ``"all-linear"``, a regular expression for the full name, or name endings.
+        exclude_modules: names to leave out, in the same notation.
+        r, r_row, r_column: slice rank; one per orientation if given.
+        mode: ``"row"``, ``"column"``, ``"alternate"`` or ``"random_mask"``.
+        positions: see `Schedule`.
+        mask_fraction: budget of the random mask.
+        seed: of random positions and masks.
+        history: how many moves can be undone.
+        train_rest: leave ``requires_grad`` of all other parameters as it is (a new head, for example).
+        **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, policy, rewarm_steps.
+
+    Raises:
+        ConfigError: for a setting that is wrong, or if no layer matches.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> tuner = attach(model, r=2, mode="row", interval=100)
+        >>> sum(p.numel() for p in tuner.parameters())
+        32
+    """
+    schedule = Schedule(mode, r_row or r, r_column or r, positions, mask_fraction, seed)
+    settings = MoveSettings(**moves)
+    names = match_layers(model, target_modules, exclude_modules)
+    if not train_rest:
+        model.requires_grad_(False)
+    layers = {}
+    for name in names:
+        layer = SliceLinear(model.get_submodule(name))
+        layer.add_slice(_NAME, schedule, name, history)
+        layer.apply_only([_NAME])
+        _set_module(model, name, layer)
+        layers[name] = layer
+    mover = Mover(_NAME, layers, settings)
+    if settings.total_steps is not None:
+        mover.begin_run(settings.total_steps)
+    return SliceTuner(model, layers, mover)
+
+
+def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[str]:
+    """Names of the supported layers that ``targets`` selects and ``exclude`` does not.
+
+    Raises:
+        ConfigError: if nothing matches, or if a weight is shared with another layer.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and supports(module) and _matches(name, targets) and not (exclude and _matches(name, exclude))
+    ]
+    if not names:
+        some = [n for n, m in model.named_modules() if supports(m)][:5]
+        raise ConfigError(
+            f"target_modules={targets!r} matches no nn.Linear or Conv1D layer; this model has for example {some}."
+        )
+    for name in names:
+        sharing = shared_names(model, model.get_submodule(name).weight)
+        if len(sharing) > 1:
+            raise ConfigError(
+                f"{name}: its weight is tied to {', '.join(n for n in sharing if n != f'{name}.weight')}; training a "
+                "slice of it would change both. Exclude the layer, or untie the weights first."
+            )
+    return names
+
+
+def shared_names(model: nn.Module, weight: Any) -> list[str]:
+    """Names under which one parameter occurs in a model (more than one: tied)."""
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
+
+
+def _matches(name: str, targets: str | Sequence[str]) -> bool:
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("slicefine", "null"))
+            if not isinstance(header, dict) or not isinstance(header.get("version"), int):
+                raise AdapterFileError(f"{path}: not written by slicefine (no version in its metadata).")
+            if header["version"] > FORMAT_VERSION:
+                raise AdapterFileError(
+                    f"{path}: format version {header['version']} is newer than {FORMAT_VERSION}; update slicefine."
+                )
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise AdapterFileError(f"{path}: cannot be read as a safetensors file ({error}).") from error
