@@ -47,6 +47,7 @@ class AdapterState:
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
         self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
+        self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
 
 
@@ -321,14 +322,39 @@ class SliceLinear(nn.Module):
     def file_tensors(self, name: str) -> dict[str, Tensor]:
         """Tensors of adapter ``name`` for a file (see `slicefine.delta`), the active block left out."""
         state = self.states[name]
-        if state.staged or state.layout or state.deferred:  # not loaded yet: say what is expected
-            return {k: torch.empty(s, dtype=_dtype(k)) for k, s in state.layout.items()} | state.staged
+        if state.deferred or self.slicefine_active[name].is_meta or state.layout.keys() - state.staged.keys():
+            return _placeholders(state.layout) | state.staged  # a file is on its way: say what is expected
         self._settle(name)
         return pack(state.journal, self.dense())
 
     def expect(self, name: str, layout: dict[str, tuple[int, ...]]) -> None:
         """Announce the shapes that a file will bring, for loaders that compare shapes before they load."""
         self.states[name].layout = layout
+
+    def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Raise `AdapterFileError` unless a file's tensors, ``active`` among them, fit this layer."""
+        unpack(tensors, tensors["active"], self.shape, self.states[name].layer_name)
+
+    def combine(self, name: str, parts: dict[str, float]) -> None:
+        """Add adapter ``name`` with the weighted sum of other adapters' deltas (same schedule), not applied."""
+        first = self.states[next(iter(parts))]
+        self.add_slice(name, first.schedule, first.layer_name)
+        journals = [self.states[part].journal for part in parts]
+        with self.reverted() as weight:
+            deltas = [journal.deltas(weight) for journal in journals]
+            for journal, delta, scale in zip(journals, deltas, parts.values(), strict=True):
+                journal.add(weight, delta, scale)
+            slices = list(dict.fromkeys(s for journal in journals for s in journal.slices()))
+            values = {block: read_block(weight, block) for block in slices}
+            for journal in reversed(journals):
+                journal.revert(weight)
+        state = self.states[name]
+        table = torch.cat([journal.table() for journal in journals])
+        state.journal.load(table, {s: values[s] for s in slices})
+        with self.reverted() as weight:
+            state.journal.apply(weight)
+            self._load_active(name)
+            state.journal.revert(weight)
 
     def stage(self, name: str, kind: str, tensor: Tensor) -> None:
         """Take over one tensor of a file; it is installed when the journal and the active block are there."""
@@ -389,6 +415,7 @@ class SliceLinear(nn.Module):
             state = self.states[name]
             if state.staged or state.deferred or not self._in_sync(name):
                 self._settle(name)
+            state.layout = {}  # whoever runs the model has finished loading
 
 
 class _RefuseBackward(torch.autograd.Function):
@@ -407,8 +434,10 @@ class _RefuseBackward(torch.autograd.Function):
         )
 
 
-def _dtype(kind: str) -> torch.dtype:
-    return torch.int64 if kind == "journal" else torch.float32
+def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors of the right shape for loaders that look before they load; they are never written to a file."""
+    types = {kind: torch.int64 if kind == "journal" else torch.float32 for kind in layout}
+    return {kind: torch.empty(shape, dtype=types[kind]) for kind, shape in layout.items()}
 
 
 def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:

@@ -128,6 +128,8 @@ class Mover:
 
     def __post_init__(self) -> None:
         _MOVERS.add(self)
+        for layer in self.layers.values():  # the layers keep the mover alive, whatever the user keeps
+            layer.states[self.name].mover = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_owners"}

@@ -1,0 +1,121 @@
+"""`SliceFineConfig`: what a user writes instead of ``LoraConfig``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..errors import ConfigError
+from ..mover import MoveSettings
+from ..schedule import Schedule
+from .registration import NAME
+
+__all__ = ["SliceFineConfig"]
+
+
+@dataclass
+class SliceFineConfig(PeftConfig):
+    """Configuration of SliceFine: train one small slice of each weight, in place, and move it during training.
+
+    Args:
+        r: slice rank, the number of contiguous rows or columns trained at a time.
+        mode: ``"row"`` (output units), ``"column"`` (input features), ``"alternate"`` (a row block, then a column
+            block, and so on) or ``"random_mask"`` (single entries, paper Appendix K).
+        r_row, r_column: rank per orientation; ``r`` where not given.
+        positions: ``"sweep"`` (index 0, stride r, wrap-around), ``"random"`` (seeded, covers everything before
+            repeating), ``"fixed"`` (static), a list of start indices, or a function
+            ``(visit, layer name, (rows, columns)) -> Slice``.
+        mask_fraction: budget of the random mask; None means the count of a rank-r row slice.
+        moves: number of moves, spread evenly over the run; fewer if a position would get less than
+            ``minimum_steps`` steps. ``Trainer`` tells the run's length by itself.
+        interval: steps between moves (the paper's N) instead of ``moves``.
+        total_steps: optimizer steps of the run, for custom training loops.
+        minimum_steps: see ``moves``.
+        state_policy: optimizer state at a move: ``"reset"``, ``"rewarm"`` or ``"keep"``.
+        rewarm_steps: length of the ramp of ``"rewarm"``.
+        seed: of random positions and masks.
+        history: how many moves can be undone.
+        init_weights: False perturbs the first slice, so that the adapter is not the identity (for tests).
+        target_modules: names, a regular expression, ``"all-linear"``, or None for the architecture's default
+            (all linear layers but the head, as in the paper).
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform, layers_pattern: restrict to layers by index, as in LoRA.
+        rank_pattern: ``{name or regular expression: rank}`` for single layers.
+        modules_to_save: modules that are trained and saved in full, such as a new head.
+        trainable_token_indices: train single rows of the embedding, as in LoRA.
+
+    Raises:
+        ConfigError: for a setting that is wrong or contradicts another.
+
+    Example:
+        >>> SliceFineConfig(r=5, mode="column", target_modules="all-linear").mode
+        'column'
+    """
+
+    r: int = field(default=5, metadata={"help": "Slice rank: rows or columns trained at a time."})
+    mode: str = field(default="alternate", metadata={"help": "row, column, alternate or random_mask."})
+    r_row: int | None = field(default=None, metadata={"help": "Rank of row slices; r if None."})
+    r_column: int | None = field(default=None, metadata={"help": "Rank of column slices; r if None."})
+    positions: Any = field(default="sweep", metadata={"help": "sweep, random, fixed, a list, or a function."})
+    mask_fraction: float | None = field(default=None, metadata={"help": "Budget of random_mask."})
+    moves: int | None = field(default=8, metadata={"help": "Number of moves, spread evenly over the run."})
+    interval: int | None = field(default=None, metadata={"help": "Steps between moves, instead of moves."})
+    total_steps: int | None = field(default=None, metadata={"help": "Length of the run, for custom loops."})
+    minimum_steps: int = field(default=50, metadata={"help": "Least steps per position when moves is given."})
+    state_policy: str = field(default="reset", metadata={"help": "Optimizer state at a move."})
+    rewarm_steps: int = field(default=10, metadata={"help": "Length of the ramp of rewarm."})
+    seed: int = field(default=0, metadata={"help": "Seed of random positions and masks."})
+    history: int = field(default=8, metadata={"help": "How many moves can be undone."})
+    init_weights: bool = field(default=True, metadata={"help": "False perturbs the first slice (for tests)."})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to train."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank of single layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows to train."}
+    )
+    layout: dict[str, dict[str, list[int]]] | None = field(
+        default=None, metadata={"help": "Shapes of the saved tensors, filled in at save. Do not set."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(NAME)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        self.schedule()
+        self.move_settings()
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"`{name}` cannot be used when `target_modules` is a str: put the layers into the expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("`layers_pattern` needs `layers_to_transform`: say which of those layers to train.")
+
+    def schedule(self, rank: int | None = None) -> Schedule:
+        """The pure schedule of these settings; ``rank`` replaces every rank (for `rank_pattern`)."""
+        row = rank if rank is not None else self.r_row if self.r_row is not None else self.r
+        column = rank if rank is not None else self.r_column if self.r_column is not None else self.r
+        positions = tuple(self.positions) if isinstance(self.positions, list) else self.positions
+        return Schedule(self.mode, row, column, positions, self.mask_fraction, self.seed)
+
+    def move_settings(self) -> MoveSettings:
+        """When to move, and the policy for optimizer state."""
+        return MoveSettings(
+            self.moves, self.interval, self.total_steps, self.minimum_steps, self.state_policy, self.rewarm_steps
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with a position function left out: code does not belong in a file."""
+        result: dict[str, Any] = super().to_dict()
+        if callable(result.get("positions")):
+            result["positions"] = "sweep"
+        return result

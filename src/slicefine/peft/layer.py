@@ -1,0 +1,144 @@
+"""The PEFT face of a sliced layer: PEFT's names and promises over `slicefine.layer.SliceLinear`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..functional import write_block
+from ..layer import SliceLinear, is_transposed
+from ..schedule import Schedule
+
+__all__ = ["SliceFineLinear"]
+
+
+class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
+    """A linear layer with SliceFine adapters, as PEFT's machinery expects it.
+
+    The dense weight holds the active adapters' values and nothing else: disabled, unloaded or with another adapter
+    active, the base weights read as the originals. Merging therefore changes no weight; it only stops training.
+    """
+
+    adapter_layer_names = ("slicefine_active",)
+    other_param_names = ("states",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        nn.Module.__init__(self)
+        self._init_slices(base_layer)
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.merged_adapters: list[str] = []
+
+    def update_layer(
+        self, adapter_name: str, schedule: Schedule, layer_name: str, history: int, init_weights: bool, inference: bool
+    ) -> None:
+        """Create an adapter; ``init_weights=False`` perturbs its first slice."""
+        self.add_slice(adapter_name, schedule, layer_name, history)
+        if not init_weights and not self.slicefine_active[adapter_name].is_meta:
+            with torch.no_grad():
+                block = self.block(adapter_name)
+                block.add_(torch.randn_like(block) * 0.1 * block.std().clamp(min=0.05))
+                self.slicefine_active[adapter_name].add_(0)  # a visible write: the journal takes the values over
+            self._settle(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference)
+
+    def _refresh(self) -> None:
+        """Make the dense weight hold what PEFT's flags ask for."""
+        if self.merged:
+            self.apply_only(self.merged_adapters)
+        else:
+            self.apply_only([] if self.disable_adapters else self.active_adapters)
+
+    # -- PEFT's switches ------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._refresh()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        if not enabled and self.merged:
+            self.unmerge()
+        self._refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.states:
+            self.apply_only([name for name in self.applied if name != adapter_name])
+        super().delete_adapter(adapter_name)
+        self._refresh()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight (they are: this fixes which ones, and stops training them)."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.states]
+        for name in names if safe_merge else ():
+            self._settle(name)
+            values = [v for _, v in self.states[name].journal.trained(self.dense())] + [self.block(name)]
+            if not all(bool(v.isfinite().all()) for v in values):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )  # PEFT's own words
+        self.merged_adapters.extend(names)
+        if names:
+            self._refresh()
+
+    def unmerge(self) -> None:
+        """Take merged adapters out again; the originals return bit for bit."""
+        if not self.merged:
+            import warnings
+
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self._refresh()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with trained values (``merge``) or with its original weights, bit for bit."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.apply_only([])
+        return self.get_base_layer()  # type: ignore[no-any-return]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Dense ``trained - original`` of one adapter, shaped like the base layer's weight."""
+        self._settle(adapter)
+        with self.reverted() as weight:
+            delta = torch.zeros_like(weight)
+            for block, values in self.states[adapter].journal.deltas(weight):
+                from ..functional import read_block
+
+                write_block(delta, block, read_block(delta, block) + values)
+        return delta.t().contiguous() if is_transposed(self.get_base_layer()) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    # -- PEFT's casts and moves -----------------------------------------------------------------------------------
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """To the device only: the fp32 master over a half-precision base is on purpose (bf16 drops small updates)."""
+        parameter = self.slicefine_active[adapter_name]
+        target = device if device is not None else self.get_base_layer().weight.device
+        if not parameter.is_meta and parameter.device != target:
+            self.slicefine_active[adapter_name] = parameter.to(target)
+        self._settle(adapter_name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise UnsupportedError(
+                "SliceFine: one batch with several adapters (adapter_names=...) is not possible, since all adapters "
+                "share the dense weight. Run one batch per adapter with set_adapter, which is cheap."
+            )
+        if self.disable_adapters or self.merged:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            return result
+        return super().forward(x, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "slicefine." + super().__repr__()

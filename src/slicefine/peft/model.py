@@ -1,0 +1,273 @@
+"""`SliceFineModel`: PEFT's tuner for SliceFine. It wraps layers and makes the mover; training needs nothing else."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from ..delta import KINDS
+from ..errors import AdapterFileError, ConfigError, UnsupportedError
+from ..geometry import AXES
+from ..layer import supports
+from ..mover import Mover
+from ..schedule import Schedule
+from ..tuner import shared_names
+from .callback import SliceFineCallback
+from .config import SliceFineConfig
+from .layer import SliceFineLinear
+from .registration import install_trainer_callback
+
+__all__ = ["SliceFineModel"]
+
+
+class SliceFineModel(BaseTuner):  # type: ignore[misc]
+    """PEFT tuner that trains one moving slice per target layer, in place.
+
+    Args:
+        model: the model to adapt.
+        config: a `SliceFineConfig`; it is copied, so that it can be used again.
+        adapter_name: name of the adapter.
+    """
+
+    prefix: str = "slicefine_"
+    tuner_layer_cls = SliceFineLinear
+    # the paper trains all linear layers (Section 3, Table 4)
+    target_module_mapping = dict.fromkeys(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "all-linear")
+
+    # -- injection ------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target layers, then make the mover that moves their slices."""
+        install_trainer_callback(SliceFineCallback)
+        config = copy.copy(self.peft_config[adapter_name])  # the run's state must not leak into the user's object
+        self.peft_config[adapter_name] = config
+        self._clamped: dict[str, int] = {}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._clamped:
+            some = ", ".join(f"{name} to {rank}" for name, rank in list(self._clamped.items())[:5])
+            warnings.warn(
+                f"SliceFine: the rank is larger than {len(self._clamped)} thin layers and was clamped there: {some}.",
+                UserWarning,
+                stacklevel=2,
+            )
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, SliceFineLinear) and adapter_name in module.states
+        }
+        if layers:
+            mover = Mover(adapter_name, layers, config.move_settings())
+            if config.total_steps is not None:
+                mover.begin_run(config.total_steps)
+
+    def _create_and_replace(
+        self,
+        peft_config: SliceFineConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if optional_kwargs.get("parameter_name") is not None:
+            raise UnsupportedError("SliceFine does not support target_parameters yet; use target_modules.")
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not supports(base):
+            raise UnsupportedError(
+                f"{current_key}: SliceFine trains nn.Linear and Conv1D layers with a floating-point weight, not "
+                f"{type(base).__name__}. Leave it out of target_modules, or add it to exclude_modules."
+            )
+        if not isinstance(target, SliceFineLinear):
+            tied = [name for name in shared_names(self.model, base.weight) if not name.startswith(current_key)]
+            if tied:
+                raise ConfigError(
+                    f"{current_key}: its weight is tied to {tied[0]}, and a slice trained in place would change both. "
+                    "Exclude the layer, or untie the weights first."
+                )
+            layer = SliceFineLinear(target, adapter_name)
+        else:
+            layer = target
+        layer.update_layer(
+            adapter_name,
+            self._layer_schedule(peft_config, base, current_key),
+            current_key,
+            peft_config.history,
+            peft_config.init_weights,
+            peft_config.inference_mode,
+        )
+        layout = (peft_config.layout or {}).get(current_key)
+        if layout is not None:
+            layer.expect(adapter_name, {kind: tuple(shape) for kind, shape in layout.items() if kind in KINDS})
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _layer_schedule(self, config: SliceFineConfig, base: nn.Module, key: str) -> Schedule:
+        """The layer's schedule; a rank that is too large is an error when it was named for this very layer."""
+        pattern = get_pattern_key(list(config.rank_pattern), key)
+        rank = config.rank_pattern.get(pattern)
+        schedule = config.schedule(rank)
+        if schedule.mode == "random_mask":
+            return schedule
+        rows, columns = SliceFineLinear(base, "").shape
+        for axis, size in (("row", rows), ("column", columns)):
+            if schedule.mode not in (axis, "alternate") or schedule.rank(axis) <= size:
+                continue
+            if pattern == key:
+                raise ConfigError(
+                    f"rank_pattern names {key} with rank {rank}, but its weight has {size} {axis}s only; "
+                    f"choose at most {size}."
+                )
+            self._clamped[key] = size
+        return schedule
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put the layer in place; its parameter was made on the right device, and its weight must stay untouched."""
+        setattr(parent, child_name, new_module)
+        if isinstance(new_module, SliceFineLinear):
+            new_module.train(child.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward missing attributes to the wrapped model."""
+        return super().__getattr__(name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedError(
+                "SliceFine: one batch with several adapters (adapter_names=...) is not possible, since all adapters "
+                "share the dense weight. Run one batch per adapter with set_adapter, which is cheap."
+            )
+        yield
+
+    # -- several adapters -----------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose delta is the weighted sum of other adapters' deltas.
+
+        Args:
+            adapters: names of adapters with the same mode and ranks.
+            weights: one factor each.
+            adapter_name: name of the new adapter.
+            combination_type: ``"linear"``; LoRA's factor-wise combinations have no meaning for slices.
+
+        Raises:
+            ConfigError: for unknown names, other lengths, a name in use, or adapters of different mode or rank.
+        """
+        if combination_type != "linear":
+            raise UnsupportedError(
+                f"combination_type={combination_type!r}: SliceFine adds slices, combination_type='linear' is the only one."
+            )
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or len(adapters) != len(weights) or not adapters:
+            raise ConfigError(
+                f"add_weighted_adapter: got {len(adapters)} adapters and {len(weights)} weights, unknown: {unknown}; "
+                f"known adapters are {sorted(self.peft_config)}."
+            )
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"add_weighted_adapter: {adapter_name!r} exists already; choose another name.")
+        configs = [self.peft_config[name] for name in adapters]
+        if len({(c.mode, c.schedule()) for c in configs}) > 1:
+            raise ConfigError("add_weighted_adapter: the adapters differ in mode, rank or positions; combine equal ones.")
+        self.peft_config[adapter_name] = replace(configs[0], layout=None)
+        layers = [m for m in self.model.modules() if isinstance(m, SliceFineLinear)]
+        for layer in layers:
+            parts = {name: w for name, w in zip(adapters, weights, strict=True) if name in layer.states}
+            if parts:
+                layer.combine(adapter_name, parts)
+                layer.set_adapter(layer.active_adapters)
+        Mover(
+            adapter_name,
+            {m.label: m for m in layers if adapter_name in m.states},
+            self.peft_config[adapter_name].move_settings(),
+        )
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SliceFineConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """PEFT's selection, plus the tensors' shapes in the configuration, for loaders that compare shapes first."""
+        layers = list(_sliced_layers(model, adapter_name))
+        if any(layer.states[adapter_name].layout for _, layer in layers):  # a file was announced and never came
+            for _, layer in layers:
+                layer.states[adapter_name].layout = {}
+            state_dict = model.state_dict()
+        result: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        layout: dict[str, dict[str, list[int]]] = {}
+        for _, layer in layers:
+            tensors = layer.file_tensors(adapter_name)
+            layout[layer.states[adapter_name].layer_name] = {k: list(t.shape) for k, t in tensors.items()}
+        config.layout = layout
+        return result
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SliceFineConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Insert the adapter's name and check that the file fits the model before anything is changed.
+
+        Raises:
+            AdapterFileError: if the file lacks a layer, has one too many, or has other shapes.
+        """
+        prefix = "base_model.model."
+        renamed = dict(state_dict)
+        unused = {key for key in state_dict if f".{cls.prefix}" in key and ".base_layer." not in key}
+        for name, layer in _sliced_layers(model, adapter_name):
+            own: dict[str, Tensor] = {}
+            for kind in ("active", *KINDS):
+                key = f"{name}.{cls.prefix}{kind}"
+                for candidate in (key, f"{prefix}{key}", f"{key}.{adapter_name}"):
+                    if candidate in state_dict:
+                        own[kind] = state_dict[candidate]
+                        renamed.pop(candidate, None)
+                        renamed[f"{key}.{adapter_name}"] = own[kind]
+                        unused.discard(candidate)
+            _check_layer_tensors(name, layer, adapter_name, own)
+        if unused:
+            raise AdapterFileError(
+                f"the adapter file has slices for {sorted(unused)[0].partition('.' + cls.prefix)[0]} "
+                f"({len(unused)} tensors in all), which this model does not train. It was made for another base model "
+                "or other target_modules."
+            )
+        return renamed
+
+
+def _sliced_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SliceFineLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, SliceFineLinear) and adapter_name in module.states:
+            yield name, module
+
+
+def _check_layer_tensors(name: str, layer: SliceFineLinear, adapter: str, tensors: dict[str, Tensor]) -> None:
+    expected = tuple(layer.slicefine_active[adapter].shape)
+    found = tuple(tensors["active"].shape) if "active" in tensors else None
+    if found != expected or "journal" not in tensors:
+        raise AdapterFileError(
+            f"{name}: the adapter file has an active block of shape {found}"
+            f"{'' if 'journal' in tensors else ' and no journal'}, expected {expected}. The file is incomplete, or was "
+            "made for another base model, rank or mode."
+        )
+    layer.check_tensors(adapter, tensors)
