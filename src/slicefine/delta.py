@@ -71,7 +71,8 @@ def expected_shapes(table: Tensor, shape: tuple[int, int]) -> dict[str, tuple[in
         size = shape[0] * shape[1] if block.axis == "entries" else shape[AXES.index(block.axis)]
         if block.width + (block.start if block.axis != "entries" else 0) > size:
             raise AdapterFileError(
-                f"journal: {block} lies outside a matrix of shape {shape}; the adapter was trained on another base model."
+                f"journal: {block} lies outside a matrix of shape {shape}; the adapter was trained on another base "
+                "model."
             )
     shapes: dict[str, tuple[int, ...]] = {}
     for kind, axis in _AXIS.items():
@@ -119,7 +120,7 @@ def unpack(tensors: Mapping[str, Tensor], active: Tensor, shape: tuple[int, int]
     for kind, axis in (("rows", "row"), ("columns", "column")):
         mine = set(current.indices()) if current.axis == axis else set()
         indices = [i for i in touched([s for s in slices if s != current], axis) if i not in mine]
-        lines[axis].update(zip(indices, tensors[kind] if kind in tensors else (), strict=True))
+        lines[axis].update(zip(indices, tensors.get(kind, ()), strict=True))
     result: dict[Slice, Tensor] = {}
     offset = 0
     for item in slices:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
 
 from .errors import ContentError
 from .geometry import Slice, entry_indices
@@ -66,6 +67,15 @@ def _coordinates(weight: Tensor, block: Slice, index: Tensor | None) -> tuple[Te
     return index // weight.shape[1], index % weight.shape[1]
 
 
+def check_content(owner: Content | None, content: int | None) -> None:
+    """Raise `ContentError` unless the weight still holds what it held when ``content`` was noted."""
+    if owner is not None and owner.content != content:
+        raise ContentError(
+            f"{owner.label}: the weights changed between forward and backward (an optimizer step, a move, or "
+            "another adapter became active). Run backward before changing them, or restore the same adapter first."
+        )
+
+
 class _TrackSlice(torch.autograd.Function):
     """Identity on the layer's output whose backward forms the gradient of the active block, and nothing else.
 
@@ -74,7 +84,7 @@ class _TrackSlice(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         x: Tensor,
@@ -93,12 +103,9 @@ class _TrackSlice(torch.autograd.Function):
         return y.view_as(y) if torch.compiler.is_compiling() else y.data
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.owner is not None and ctx.owner.content != ctx.content:
-            raise ContentError(
-                f"{ctx.owner.label}: the weights changed between forward and backward (an optimizer step, a move, or "
-                "another adapter became active). Run backward before changing them, or restore the same adapter first."
-            )
+    @once_differentiable  # the input gradient's dependence on the slice is not tracked: refuse, do not drop it
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_content(ctx.owner, ctx.content)
         kept, index = ctx.saved_tensors
         values = block_gradient(grad, kept, index, ctx.axis)
         return (
@@ -109,6 +116,26 @@ class _TrackSlice(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _GuardContent(torch.autograd.Function):
+    """Identity for a layer that trains no slice now: its input gradient still needs the forward's weight."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, owner: Content) -> Tensor:
+        ctx.owner, ctx.content = owner, owner.content
+        return y.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        check_content(ctx.owner, ctx.content)
+        return grad, None
+
+
+def guard_content(y: Tensor, owner: Content) -> Tensor:
+    """Return ``y``; a backward through it raises `ContentError` if ``owner``'s weight holds other content by then."""
+    result: Tensor = _GuardContent.apply(y, owner)  # type: ignore[no-untyped-call]
+    return result
 
 
 def block_gradient(grad: Tensor, kept: Tensor, index: Tensor, axis: str) -> Tensor:

@@ -91,7 +91,7 @@ def entry_indices(draw: Slice, shape: tuple[int, int]) -> torch.Tensor:
     while found.numel() < draw.width:
         missing = draw.width - found.numel()
         more = torch.randint(total, (missing + missing // 8 + 16,), generator=generator)
-        found = torch.cat([found, more]).unique()
+        found = torch.unique(torch.cat([found, more]))
     keep = torch.randperm(found.numel(), generator=generator)[: draw.width]
     return found[keep.sort().values]
 

@@ -81,8 +81,11 @@ class Journal:
         """Take back the last visit: the weight reads as it did when that visit began.
 
         Raises:
-            UnsupportedError: if the history no longer holds the values from before that visit.
+            UnsupportedError: if the history no longer holds the values from before that visit, or if the journal is
+                not applied (then the weight holds the originals, which an undo must not touch).
         """
+        if not self.applied:
+            raise UnsupportedError("undo: the slices are not in the weight now; activate the adapter first.")
         if len(self.visits) < 2 or not self._before:
             raise UnsupportedError(
                 f"undo: the history holds the values from before the last {len(self._before)} of {len(self.visits)} "
@@ -142,7 +145,7 @@ class Journal:
 
     def table(self) -> Tensor:
         """The visits as an int64 tensor ``(visits, 5)``: axis, start, width, first step, last step."""
-        rows = [[AXES.index(v.slice.axis), v.slice.start, v.slice.width, v.first_step, v.last_step] for v in self.visits]
+        rows = [[AXES.index(v.slice.axis), *v.slice[1:], v.first_step, v.last_step] for v in self.visits]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
 
     def trained(self, weight: Tensor) -> list[tuple[Slice, Tensor]]:
@@ -165,16 +168,17 @@ class Journal:
 
 
 def read_table(table: Tensor) -> list[Visit]:
-    """Parse `Journal.table` and check it: known axes, positive widths, steps that follow one another."""
+    """Parse `Journal.table` and check it: known axes, positive widths, no step range that ends before it begins."""
     if table.dim() != 2 or table.shape[1] != 5 or table.shape[0] < 1 or table.is_floating_point():
         raise AdapterFileError(
             f"journal: expected an integer tensor of shape (visits, 5), got {table.dtype} {tuple(table.shape)}; "
             "the adapter file is corrupt or was not written by slicefine."
         )
-    visits = []
-    for axis, start, width, first, last in table.tolist():
+    visits: list[Visit] = []
+    for entry in table.tolist():
+        axis, start, width, first, last = entry
         if axis not in range(len(AXES)) or start < 0 or width < 1 or first < 1 or last < first - 1:
-            raise AdapterFileError(f"journal: impossible entry {[axis, start, width, first, last]}; the file is corrupt.")
+            raise AdapterFileError(f"journal: impossible entry {entry}; the file is corrupt.")
         visits.append(Visit(Slice(AXES[axis], start, width), first, last))
     return visits
 

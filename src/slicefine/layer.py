@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .delta import KINDS, expected_shapes, pack, unpack
 from .errors import AdapterFileError, ConfigError, UnsupportedError
-from .functional import block_view, line_index, pad_block, read_block, track_slice, write_block
+from .functional import block_view, guard_content, line_index, pad_block, read_block, track_slice, write_block
 from .geometry import Slice, line_length
 from .journal import Journal
 from .schedule import Schedule, slice_at
@@ -104,14 +104,19 @@ class SliceLinear(nn.Module):
                 "Leave the layer out of target_modules."
             )
         self.base_layer = base_layer
-        base_layer.weight.requires_grad_(False)
+        cast(Tensor, base_layer.weight).requires_grad_(False)
         self.states: dict[str, AdapterState] = {}
+        self.requested: list[str] | None = None  # adapters to apply as soon as a weight on the meta device has values
         self.slicefine_active = nn.ParameterDict()
         for kind in KINDS:
             setattr(self, f"slicefine_{kind}", AdapterTensors(self, kind))
-        self.register_load_state_dict_post_hook(_sync_after_load)
+        self.register_load_state_dict_post_hook(_sync_after_load)  # type: ignore[no-untyped-call]
 
     # -- the weight -----------------------------------------------------------------------------------------------
+
+    @property
+    def _base_weight(self) -> Tensor:
+        return cast(Tensor, self.base_layer.weight)
 
     def dense(self) -> Tensor:
         """The weight as ``(out, in)``, detached from autograd's version counter.
@@ -119,13 +124,13 @@ class SliceLinear(nn.Module):
         Writes through it go unseen by autograd on purpose: after `disable`, `enable` the content is back, bit for
         bit, and a backward may go on; `content` is what guards it.
         """
-        weight = self.base_layer.weight.data
+        weight = self._base_weight.data
         return weight.t() if is_transposed(self.base_layer) else weight
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, columns)`` = (output units, input features)."""
-        rows, columns = self.base_layer.weight.shape
+        rows, columns = self._base_weight.shape
         return (columns, rows) if is_transposed(self.base_layer) else (rows, columns)
 
     @property
@@ -152,13 +157,11 @@ class SliceLinear(nn.Module):
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
         state = AdapterState(schedule, layer_name, history)
         shape = schedule.block_shape(self.shape)
-        dtype = self.base_layer.weight.dtype
+        dtype = self._base_weight.dtype
         master = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        self.slicefine_active[name] = nn.Parameter(
-            torch.zeros(shape, dtype=master, device=self.base_layer.weight.device)
-        )
+        self.slicefine_active[name] = nn.Parameter(torch.zeros(shape, dtype=master, device=self._base_weight.device))
         self.states[name] = state
-        state.deferred = self.base_layer.weight.is_meta
+        state.deferred = self._base_weight.is_meta
         if not state.deferred:
             with self.reverted():
                 self._begin(name, slice_at(schedule, 0, self.shape, layer_name))
@@ -166,7 +169,7 @@ class SliceLinear(nn.Module):
 
     def delete_slice(self, name: str) -> None:
         """Remove adapter ``name``; the weight is restored first if it was applied."""
-        self.apply_only([other for other in self.applied if other != name])
+        self.apply_only([other for other in self.requested or self.applied if other != name])
         del self.states[name]
         del self.slicefine_active[name]
 
@@ -175,7 +178,8 @@ class SliceLinear(nn.Module):
         names = [name for name in names if name in self.states]
         for name in names:
             self._settle(name)
-        if names == self.applied or self.base_layer.weight.is_meta:
+        self.requested = names if self._base_weight.is_meta else None
+        if names == self.applied or self._base_weight.is_meta:
             return
         weight = self.dense()
         for name in reversed(self.applied):
@@ -202,10 +206,18 @@ class SliceLinear(nn.Module):
 
     def block(self, name: str) -> Tensor:
         """The active part of adapter ``name``'s parameter, without padding (shares its storage)."""
-        active, parameter = self.states[name].journal.active, self.slicefine_active[name].data
+        active = self.states[name].journal.active
+        parameter: Tensor = self.slicefine_active[name].data
         if active.axis == "entries":
             return parameter
         return parameter[: active.width, : line_length(active.axis, self.shape)]
+
+    def clear_padding(self, name: str) -> None:
+        """Zero what lies beyond the active block in adapter ``name``'s parameter."""
+        lines, length = self.block(name).shape
+        parameter: Tensor = self.slicefine_active[name].data
+        parameter[lines:] = 0
+        parameter[:, length:] = 0
 
     def weight_block(self, name: str) -> Tensor:
         """What the dense weight holds at the active slice, shaped and typed like the parameter (padded)."""
@@ -222,8 +234,22 @@ class SliceLinear(nn.Module):
 
     # -- moving ---------------------------------------------------------------------------------------------------
 
+    def check_block(self, name: str, block: Slice) -> None:
+        """Raise `ConfigError` unless ``block`` lies inside the weight and fits adapter ``name``'s parameter."""
+        where = self.states[name].layer_name or self.label
+        block.check(self.shape, where)
+        lines = 1 if block.axis == "entries" else block.width
+        length = block.width if block.axis == "entries" else line_length(block.axis, self.shape)
+        room = tuple(self.slicefine_active[name].shape)
+        if lines > room[0] or length > room[1] or (block.axis == "entries" and (lines, length) != room):
+            raise ConfigError(
+                f"{where}: a {block.axis} slice of width {block.width} needs a parameter of shape {(lines, length)}, "
+                f"but the adapter's has {room}; keep to its mode and rank."
+            )
+
     def move(self, name: str, block: Slice) -> None:
         """Freeze the active slice of an applied adapter and load ``block`` into its parameter."""
+        self.check_block(name, block)
         self._sync(name)
         self._begin(name, block)
 
@@ -241,11 +267,12 @@ class SliceLinear(nn.Module):
         """Make parameter, index and content stamp agree with the journal's active slice."""
         state, parameter = self.states[name], self.slicefine_active[name]
         active = state.journal.active
+        parameter.grad = None  # it belonged to the slice that was there
         if not parameter.is_meta:
             with torch.no_grad():
                 parameter.data.zero_()
                 self.block(name).copy_(read_block(self.dense(), active))
-        state.index = line_index(active, self.shape).to(self.base_layer.weight.device)
+        state.index = line_index(active, self.shape).to(self._base_weight.device)
         state.previous = None
         self.mark_synced(name)
 
@@ -273,13 +300,13 @@ class SliceLinear(nn.Module):
             return
         write_block(self.dense(), state.journal.active, self.block(name), state.index)
         if state.previous is not None:
-            state.previous.copy_(self.block(name))
+            state.previous.copy_(self.slicefine_active[name].detach())
         self.mark_synced(name)
 
     def _settle(self, name: str) -> None:
         """Finish what had to wait: a base weight without values, a file's tensors, a parameter written elsewhere."""
         state = self.states[name]
-        if self.base_layer.weight.is_meta:
+        if self._base_weight.is_meta:
             return
         if state.deferred and "journal" not in state.staged:
             with self.reverted():
@@ -298,11 +325,11 @@ class SliceLinear(nn.Module):
         tensors = {kind: t.detach() for kind, t in state.staged.items()}
         values = unpack(tensors, parameter, self.shape, state.layer_name)
         names = self.applied
-        self.apply_only([other for other in names if other != name])
-        state.staged, state.layout = {}, {}
+        state.staged, state.layout = {}, {}  # before anything is applied: applying settles, settling installs
+        self.apply_only([])
         state.journal.load(tensors["journal"].cpu(), values)
-        state.index = line_index(state.journal.active, self.shape).to(self.base_layer.weight.device)
-        half = parameter.dtype != self.base_layer.weight.dtype  # then the weight cannot tell the master's values
+        state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
+        half = parameter.dtype != self._base_weight.dtype  # then the weight cannot tell the master's values
         state.previous = parameter.detach().clone() if half else None
         self.mark_synced(name)
         self.apply_only(names)
@@ -331,10 +358,6 @@ class SliceLinear(nn.Module):
         """Announce the shapes that a file will bring, for loaders that compare shapes before they load."""
         self.states[name].layout = layout
 
-    def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Raise `AdapterFileError` unless a file's tensors, ``active`` among them, fit this layer."""
-        unpack(tensors, tensors["active"], self.shape, self.states[name].layer_name)
-
     def combine(self, name: str, parts: dict[str, float]) -> None:
         """Add adapter ``name`` with the weighted sum of other adapters' deltas (same schedule), not applied."""
         first = self.states[next(iter(parts))]
@@ -362,8 +385,8 @@ class SliceLinear(nn.Module):
             expected_shapes(tensor, self.shape)  # refuse a foreign or corrupt journal before anything changes
         self.states[name].staged[kind] = tensor
 
-    def load_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Install a file's tensors, ``active`` among them, in one go."""
+    def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Raise `AdapterFileError` unless a file's tensors, ``active`` among them, fit adapter ``name``."""
         parameter = self.slicefine_active[name]
         active = tensors.get("active")
         if active is None or active.shape != parameter.shape or "journal" not in tensors:
@@ -372,20 +395,25 @@ class SliceLinear(nn.Module):
                 f"{'' if 'journal' in tensors else ' and no journal'}, expected {tuple(parameter.shape)}; use the rank "
                 "and mode it was trained with."
             )
-        device = self.base_layer.weight.device
+        unpack(tensors, active, self.shape, self.label)
+
+    def load_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Install a file's tensors, ``active`` among them, in one go, or refuse them before anything changes."""
+        self.check_tensors(name, tensors)
+        device = self._base_weight.device
         for kind in KINDS:
             if kind in tensors:
                 self.stage(name, kind, tensors[kind].to(device))
         with torch.no_grad():
-            parameter.copy_(active)
+            self.slicefine_active[name].copy_(tensors["active"])
         self._settle(name)
 
     # -- nn.Module ------------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
         synced = {name for name in self.states if self._in_sync(name)}
-        super()._apply(fn, recurse)
-        device = self.base_layer.weight.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self._base_weight.device
         for name, state in self.states.items():
             if device.type != "meta":
                 state.index = state.index.to(device)
@@ -395,23 +423,27 @@ class SliceLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
-        names = self.applied
         if not torch.compiler.is_compiling():
-            self._check(names)
+            self._check()
+        names = self.applied
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if not torch.is_grad_enabled():
             return y
         trained = [name for name in names if self.slicefine_active[name].requires_grad]
         if not trained:
-            return y
+            guarded = y.requires_grad and not torch.compiler.is_compiling()
+            return guard_content(y, self) if guarded else y
         if len(names) > 1:
-            return _RefuseBackward.apply(y, self.slicefine_active[trained[0]], self.label)  # type: ignore[no-untyped-call]
+            refused = _RefuseBackward.apply(y, self.slicefine_active[trained[0]], self.label)  # type: ignore[no-untyped-call]
+            return cast(Tensor, refused)
         state = self.states[trained[0]]
         owner = None if torch.compiler.is_compiling() else self
         return track_slice(y, x, self.slicefine_active[trained[0]], state.index, state.journal.active.axis, owner)
 
-    def _check(self, names: list[str]) -> None:
-        for name in names:
+    def _check(self) -> None:
+        if self.requested is not None and not self._base_weight.is_meta:
+            self.apply_only(self.requested)
+        for name in self.applied:
             state = self.states[name]
             if state.staged or state.deferred or not self._in_sync(name):
                 self._settle(name)
@@ -422,15 +454,15 @@ class _RefuseBackward(torch.autograd.Function):
     """Identity whose backward says that several adapters cannot be trained at once."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, parameter: Tensor, label: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, parameter: Tensor, label: str) -> Tensor:
         ctx.label = label
         return y.data
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         raise UnsupportedError(
-            f"{ctx.label}: several SliceFine adapters are active and one of them requires gradients. Their slices share "
-            "one dense weight, so train one at a time: set_adapter(name), or set inference_mode on all of them."
+            f"{ctx.label}: several SliceFine adapters are active and one of them requires gradients. Their slices "
+            "share one dense weight, so train one at a time: set_adapter(name), or set inference_mode on all of them."
         )
 
 

@@ -124,7 +124,8 @@ class Mover:
     foreign_steps: int = 0
     stepped: bool = False
     warned: bool = False
-    _owners: Any = field(default_factory=weakref.WeakSet, repr=False)
+    _owners: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet, repr=False)
+    _pace: weakref.ref[Optimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
 
     def __post_init__(self) -> None:
         _MOVERS.add(self)
@@ -132,11 +133,11 @@ class Mover:
             layer.states[self.name].mover = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_owners"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_owners", "_pace")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copied or unpickled model moves by itself, too
         self.__dict__.update(state)
-        self._owners = weakref.WeakSet()
+        self._owners, self._pace = weakref.WeakSet(), None
         _MOVERS.add(self)
 
     # -- what a user may ask --------------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ class Mover:
 
     def undo(self, moves: int = 1) -> None:
         """Take back the last visit or visits; see `Journal.undo`."""
+        self._check_active()
         for _ in range(moves):
             for layer in self._with_adapter():
                 layer.undo(self.name)
@@ -201,15 +203,36 @@ class Mover:
             self._note_foreign_step(layers)
             return
         self.foreign_steps, self.stepped = 0, True
-        if optimizer not in self._owners:
-            self._refuse(optimizer)
-            self._owners.add(optimizer)
+        if torch._C._current_graph_task_id() != -1:
+            raise OptimizerError(
+                f"{type(optimizer).__name__} steps inside the backward pass, where the input gradient still needs the "
+                "old weights. Step once after backward: do not use optimizer-in-backward with SliceFine."
+            )
+        new_round = self._sets_pace(optimizer, owned)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
             return
         self._write_back(owned)
-        if layers[0] is owned[0]:  # with several optimizers, the one that owns the first layer sets the pace
+        if new_round:
             self._count_step()
+
+    def _sets_pace(self, optimizer: Optimizer, owned: list[SliceLinear]) -> bool:
+        """Whether this optimizer's step completes a step of the run.
+
+        With several optimizers the last of a round does: a move before it would hand the old slice's gradient to the
+        new one. A newcomer that owns other layers follows in the round that was just counted.
+        """
+        pace = None if self._pace is None else self._pace()
+        if optimizer in self._owners:
+            self._pace = self._pace if pace is not None else weakref.ref(optimizer)
+            return pace is None or pace is optimizer
+        self._refuse(optimizer)
+        self._owners.add(optimizer)
+        self._pace = weakref.ref(optimizer)
+        if pace is None:
+            return True
+        before = {id(p) for group in pace.param_groups for p in group["params"]}
+        return any(id(layer.slicefine_active[self.name]) in before for layer in owned)
 
     def _count_step(self) -> None:
         for layer in self._with_adapter():
@@ -223,6 +246,9 @@ class Mover:
     def _write_back(self, layers: list[SliceLinear]) -> None:
         """One multi-tensor copy of all active blocks into their dense weights."""
         self._rewarm(layers)
+        if self.settings.policy == "keep":  # moments of a row block would move the padding of a column block
+            for layer in layers:
+                layer.clear_padding(self.name)
         targets: list[Tensor] = []
         values: list[Tensor] = []
         for layer in layers:
@@ -254,14 +280,16 @@ class Mover:
 
     def _move(self, to: Mapping[str, Slice], optimizers: list[Optimizer]) -> None:
         layers = {n: layer for n, layer in self.layers.items() if self.name in layer.states}
+        self._check_active()
         self._check_finite(layers)
+        blocks = {}  # all of them are checked before the first layer moves
         for name, layer in layers.items():
             state = layer.states[self.name]
-            if not state.journal.applied:
-                raise ConfigError(f"{name}: adapter {self.name!r} is not active; call set_adapter({self.name!r}) first.")
             visit = len(state.journal.visits)
-            block = to[name] if name in to else slice_at(state.schedule, visit, layer.shape, state.layer_name)
-            layer.move(self.name, block)
+            blocks[name] = to[name] if name in to else slice_at(state.schedule, visit, layer.shape, state.layer_name)
+            layer.check_block(self.name, blocks[name])
+        for name, layer in layers.items():
+            layer.move(self.name, blocks[name])
         self._reset(optimizers)
 
     def _reset(self, optimizers: list[Optimizer]) -> None:
@@ -273,13 +301,21 @@ class Mover:
 
     # -- guards ---------------------------------------------------------------------------------------------------
 
+    def _check_active(self) -> None:
+        for name, layer in self.layers.items():
+            if self.name in layer.states and layer.applied != [self.name]:
+                raise ConfigError(
+                    f"{name}: the active adapters are {layer.applied}, but only {self.name!r} alone can be moved; call "
+                    f"set_adapter({self.name!r}) first."
+                )
+
     def _check_finite(self, layers: Mapping[str, SliceLinear]) -> None:
         flags = {name: layer.block(self.name).isfinite().all() for name, layer in layers.items()}
         if flags and not bool(torch.stack([f.cpu() for f in flags.values()]).all()):
             bad = [name for name, flag in flags.items() if not flag]
             raise NumericalError(
-                f"step {self.step}: the active slice of {bad[0]} ({len(bad)} layers in all) is NaN or infinite, so it is "
-                "not committed. Lower the learning rate, clip gradients, or look for bad rows in the data."
+                f"step {self.step}: the active slice of {bad[0]} ({len(bad)} layers in all) is NaN or infinite, so it "
+                "is not committed. Lower the learning rate, clip gradients, or look for bad rows in the data."
             )
 
     def _refuse(self, optimizer: Optimizer) -> None:
@@ -290,8 +326,8 @@ class Mover:
         padded = [n for n, layer in self.layers.items() if self.name in layer.states and self._padded(layer)]
         if name in _FACTORED and padded:
             raise UnsupportedError(
-                f"{name} averages over a whole parameter, and mode='alternate' pads the parameter of oblong layers such "
-                f"as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
+                f"{name} averages over a whole parameter, and mode='alternate' pads the parameter of oblong layers "
+                f"such as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
             )
 
     def _padded(self, layer: SliceLinear) -> bool:
@@ -316,8 +352,8 @@ class Mover:
         if self.plan is None:
             self.plan = Moves(FALLBACK_INTERVAL)
             warnings.warn(
-                f"moves={self.settings.moves} needs the run's length, which this training loop does not tell. Moving every "
-                f"{FALLBACK_INTERVAL} steps instead; pass total_steps= or interval= to decide.",
+                f"moves={self.settings.moves} needs the run's length, which this training loop does not tell. Moving "
+                f"every {FALLBACK_INTERVAL} steps instead; pass total_steps= or interval= to decide.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -325,7 +361,7 @@ class Mover:
     def _warn_about_plan(self, plan: Moves, total: int) -> None:
         due = 0 if plan.interval is None else (total - 1) // plan.interval
         due = due if plan.limit is None else min(due, plan.limit)
-        fixed = {layer.states[self.name].schedule.positions for layer in self._with_adapter()} == {"fixed"}
+        fixed = all(layer.states[self.name].schedule.positions == "fixed" for layer in self._with_adapter())
         if due == 0 and not fixed and self.settings.moves != 0:
             warnings.warn(
                 f"SliceFine: the slice will not move in this run of {total} steps (interval {plan.interval}, at least "
@@ -341,8 +377,8 @@ class Mover:
             if wrap is not None and due >= wrap and not self.warned:
                 self.warned = True
                 warnings.warn(
-                    f"SliceFine: {due} moves go around the matrix of {name} (shape {layer.shape}) from move {wrap} on, so "
-                    "slices are trained again. Use fewer moves or a smaller rank if that is not wanted.",
+                    f"SliceFine: {due} moves go around the matrix of {name} (shape {layer.shape}) from move {wrap} on, "
+                    "so slices are trained again. Use fewer moves or a smaller rank if that is not wanted.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -364,7 +400,7 @@ class Mover:
             for layer in self._with_adapter()[:1]
             for visit in layer.states[self.name].journal.visits[1:]
         ]
-        return sum(first <= self.run_start for first in starts)
+        return sum(first <= self.run_start + 1 for first in starts)
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
@@ -381,6 +417,11 @@ def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
         key in ZERO_STATE and (not isinstance(v, Tensor) or v.is_floating_point()) for key, v in tensors.items()
     )
     damped = any(group.get("dampening", 0) for group in optimizer.param_groups)  # SGD: its first step is undamped
+    if isinstance(optimizer, torch.optim.Adagrad):  # it creates its state once, in its constructor
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        state["sum"].fill_(group["initial_accumulator_value"])
+        state["step"].zero_()
+        return
     if not known or damped:
         optimizer.state.pop(parameter)
         return
@@ -395,7 +436,8 @@ def movers_of(model: torch.nn.Module) -> list[Mover]:
     """Movers of the slices inside ``model``, in the order in which the adapters were added."""
     layers = {id(module) for module in model.modules() if isinstance(module, SliceLinear)}
     found = [mover for mover in _MOVERS if any(id(layer) in layers for layer in mover.layers.values())]
-    order = {name: i for i, name in enumerate(dict.fromkeys(n for m in model.modules() for n in getattr(m, "states", ())))}
+    names = dict.fromkeys(name for module in model.modules() for name in getattr(module, "states", ()))
+    order = {name: i for i, name in enumerate(names)}
     return sorted(found, key=lambda mover: order.get(mover.name, math.inf))
 
 

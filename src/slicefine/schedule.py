@@ -65,6 +65,8 @@ class Schedule:
                 f"positions={self.positions!r} is unknown; expected one of {', '.join(POSITIONS)}, "
                 "a list of start indices, or a function (visit, layer name, shape) -> Slice."
             )
+        if not isinstance(self.positions, str) and not callable(self.positions) and len(self.positions) == 0:
+            raise ConfigError("positions=[] is an empty list; give at least one start index.")
         if self.mask_fraction is not None and not 0.0 < self.mask_fraction <= 1.0:
             raise ConfigError(f"mask_fraction={self.mask_fraction!r} must lie in (0, 1].")
 

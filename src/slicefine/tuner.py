@@ -111,13 +111,14 @@ class SliceTuner:
                 f"{path}: the file's layers differ from the model's ({', '.join(odd)}, ...). Attach with the same "
                 "target_modules, to the same base model, as when the file was written."
             )
+        own: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
+        for key, tensor in tensors.items():
+            name, _, kind = key.rpartition(".slicefine_")
+            own[name][kind] = tensor
+        for name, layer in self.layers.items():  # all of them are checked before the first one changes
+            layer.check_tensors(_NAME, own[name])
         for name, layer in self.layers.items():
-            own = {
-                key.removeprefix(f"{name}.slicefine_"): t
-                for key, t in tensors.items()
-                if key.startswith(f"{name}.slicefine_")
-            }
-            layer.load_tensors(_NAME, own)
+            layer.load_tensors(_NAME, own[name])
 
 
 def attach(
@@ -162,16 +163,18 @@ def attach(
     """
     schedule = Schedule(mode, r_row or r, r_column or r, positions, mask_fraction, seed)
     settings = MoveSettings(**moves)
+    if any(isinstance(module, SliceLinear) for module in model.modules()):
+        raise ConfigError("attach: the model has slices already; unload them first.")
     names = match_layers(model, target_modules, exclude_modules)
-    if not train_rest:
-        model.requires_grad_(False)
     layers = {}
     for name in names:
-        layer = SliceLinear(model.get_submodule(name))
-        layer.add_slice(_NAME, schedule, name, history)
-        layer.apply_only([_NAME])
+        layers[name] = SliceLinear(model.get_submodule(name))
+        layers[name].add_slice(_NAME, schedule, name, history)
+        layers[name].apply_only([_NAME])
+    if not train_rest:
+        model.requires_grad_(False)
+    for name, layer in layers.items():
         _set_module(model, name, layer)
-        layers[name] = layer
     mover = Mover(_NAME, layers, settings)
     if settings.total_steps is not None:
         mover.begin_run(settings.total_steps)

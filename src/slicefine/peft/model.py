@@ -182,7 +182,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             raise ConfigError(f"add_weighted_adapter: {adapter_name!r} exists already; choose another name.")
         configs = [self.peft_config[name] for name in adapters]
         if len({(c.mode, c.schedule()) for c in configs}) > 1:
-            raise ConfigError("add_weighted_adapter: the adapters differ in mode, rank or positions; combine equal ones.")
+            raise ConfigError(
+                "add_weighted_adapter: the adapters differ in mode, rank or positions; combine equal ones."
+            )
         self.peft_config[adapter_name] = replace(configs[0], layout=None)
         layers = [m for m in self.model.modules() if isinstance(m, SliceFineLinear)]
         for layer in layers:

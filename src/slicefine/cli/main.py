@@ -1,0 +1,61 @@
+"""Parse the command line, run the verb, and turn our errors into one readable line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import SliceFineError
+
+__all__ = ["main"]
+
+_FLAGS = ("dry_run", "quiet", "overwrite", "resume")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        print('slicefine: the command line needs more packages; run: pip install "slicefine[train]"', file=sys.stderr)
+        return 2
+    from . import eval, info, merge, train
+    from .. import __version__
+
+    parser = ArgumentParser(prog="slicefine", description="Fine-tune in place with small moving slices.", version=__version__)
+    commands = parser.add_subcommands()
+    verbs = {"train": train, "eval": eval, "merge": merge, "info": info}
+    for name, verb in verbs.items():
+        commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
+    try:
+        chosen = parser.parse_args(normalise(sys.argv[1:] if argv is None else argv))
+        return verbs[chosen.subcommand].run(chosen[chosen.subcommand])
+    except SliceFineError as error:
+        print(f"slicefine: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("slicefine: interrupted", file=sys.stderr)
+        return 130
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Let flags stand alone (``--dry_run``) and be written with dashes (``--dry-run``).
+
+    Example:
+        >>> normalise(["train", "--dry-run", "--training.batch-size", "8"])
+        ['train', '--dry_run=true', '--training.batch_size', '8']
+    """
+    result: list[str] = []
+    for number, word in enumerate(argv):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            word = f"--{name.replace('-', '_')}{equals}{value}"
+            follower = argv[number + 1] if number + 1 < len(argv) else "--"
+            if not equals and name.replace("-", "_") in _FLAGS and follower.startswith("--"):
+                word += "=true"
+        result.append(word)
+    return result

@@ -1,0 +1,117 @@
+"""Image classification. Images are decoded and resized when a batch is made; Pillow is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, DataError
+from .base import Loaded, Metric, Prepared, as_numbers, register
+from .labels import check_labels, class_names, label_numbers
+from .metrics import CLASSIFICATION
+from .models import load_model, resolve_path
+from .settings import DataSettings, ModelSettings, TaskSettings
+from .sources import require_columns
+
+__all__ = ["ImageClassification"]
+
+
+@register
+class ImageClassification:
+    """One class per image."""
+
+    name = "image-classification"
+    peft_task_type = None
+    metrics: Mapping[str, Metric] = CLASSIFICATION
+    minimise: frozenset[str] = frozenset()
+
+    def __init__(self, task: TaskSettings, model: ModelSettings, data: DataSettings) -> None:
+        self.model, self.columns = model, data.columns
+        self.labels: list[str] = list(task.labels or [])
+
+    def read(self, splits: dict[str, Any]) -> None:
+        """Check the columns and learn the classes."""
+        from datasets import Image
+
+        require_columns(splits, {"image": self.columns.image, "label": self.columns.label})
+        for split, dataset in splits.items():
+            feature = dataset.features[self.columns.image]
+            if not isinstance(feature, Image):
+                raise DataError(
+                    f"{split} set: column {self.columns.image!r} holds {feature}, not images. Set data.columns.image to a "
+                    "column of images as the datasets library stores them."
+                )
+        self.labels = self.labels or class_names(splits, self.columns.label, None)
+        check_labels(splits, self.columns.label, self.labels)
+
+    def load(self) -> Loaded:
+        """An image classifier with a new head for these classes."""
+        from transformers import AutoModelForImageClassification
+
+        names = dict(enumerate(self.labels))
+        back = {name: i for i, name in names.items()}
+        loaded = load_model(
+            AutoModelForImageClassification, self.model, num_labels=len(names), id2label=names, label2id=back
+        )
+        loaded.processor = image_processor(self.model, loaded.model.config)
+        return loaded
+
+    def prepare(self, splits: dict[str, Any], loaded: Loaded) -> Prepared:
+        """Attach the transform; it runs when a row is read."""
+        processor, image, label = loaded.processor, self.columns.image, self.columns.label
+
+        def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            pictures = [picture.convert("RGB") for picture in batch[image]]
+            pixels = processor(pictures, return_tensors="pt")["pixel_values"]
+            return {"pixel_values": list(pixels), "labels": label_numbers(batch[label], self.labels)}
+
+        prepared = {split: dataset.with_transform(encode) for split, dataset in splits.items()}
+        return Prepared(prepared, _collate, {"remove_unused_columns": False})
+
+    def compute(self, outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
+        """All metrics of the task."""
+        return {name: metric(as_numbers(outputs), labels) for name, metric in self.metrics.items()}
+
+    def state(self) -> dict[str, Any]:
+        """The class names."""
+        return {"labels": self.labels}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the class names."""
+        self.labels = list(state["labels"])
+
+
+def image_processor(settings: ModelSettings, config: Any) -> Any:
+    """The model's own image processor, or one that resizes to its image size and scales to [-1, 1].
+
+    Raises:
+        ConfigError: if the model's configuration does not tell an image size either.
+    """
+    from transformers import AutoImageProcessor, ViTImageProcessor
+
+    folder = resolve_path(settings.path) if settings.config is None and settings.path is not None else None
+    if folder is not None and (not Path(folder).is_dir() or (Path(folder) / "preprocessor_config.json").is_file()):
+        try:
+            return AutoImageProcessor.from_pretrained(
+                folder, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path={settings.path!r}: its image processor cannot be loaded: {error}") from error
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise ConfigError(
+            f"model.path={settings.path!r} has no preprocessor_config.json, and its configuration no image_size; add one."
+        )
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return ViTImageProcessor(size={"height": height, "width": width})
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }

@@ -1,0 +1,69 @@
+"""Class labels: which classes there are, and their numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import DataError
+
+__all__ = ["check_labels", "class_names", "label_numbers"]
+
+
+def class_names(splits: dict[str, Any], column: str, given: list[str] | None) -> list[str]:
+    """Names of the classes: given in the recipe, stored with the data set, or seen in its first split.
+
+    Raises:
+        DataError: if labels are missing, or neither integers nor strings.
+    """
+    if given is not None:
+        return [str(name) for name in given]
+    first = next(iter(splits.values()))
+    stored = getattr(first.features[column], "names", None)
+    if stored is not None:
+        return [str(name) for name in stored]
+    values = list(first[column])
+    _check_kind(values, column, next(iter(splits)))
+    if isinstance(values[0], str):
+        return sorted(set(values))
+    return [str(number) for number in range(max(values) + 1)]
+
+
+def check_labels(splits: dict[str, Any], column: str, names: list[str]) -> None:
+    """Check that every label of every split is a class.
+
+    Raises:
+        DataError: naming split, row and label.
+    """
+    if len(names) < 2:
+        raise DataError(f"column {column!r} holds {len(names)} class only; a classification needs at least 2.")
+    for split, dataset in splits.items():
+        values = list(dataset[column])
+        _check_kind(values, column, split)
+        numbers = label_numbers(values, names)
+        for row, number in enumerate(numbers):
+            if number is None:
+                raise DataError(
+                    f"{split} set, row {row}: label {values[row]!r} in column {column!r} is out of range; expected "
+                    f"{_expected(values, names)}. Correct the row, or name all classes with task.labels."
+                )
+
+
+def label_numbers(values: list[Any], names: list[str]) -> list[int | None]:
+    """Class numbers of labels; None for a label that is no class."""
+    index = {name: i for i, name in enumerate(names)}
+    return [index.get(v) if isinstance(v, str) else (v if 0 <= v < len(names) else None) for v in values]
+
+
+def _check_kind(values: list[Any], column: str, split: str) -> None:
+    for row, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise DataError(
+                f"{split} set, row {row}: label {value!r} in column {column!r} is a {type(value).__name__}; expected an "
+                "integer or a string. For numbers to be predicted use task.name: text-regression."
+            )
+
+
+def _expected(values: list[Any], names: list[str]) -> str:
+    if any(isinstance(v, str) for v in values):
+        return f"one of {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
+    return f"0 to {len(names) - 1}"

@@ -1,0 +1,130 @@
+"""What a recipe says about the model, the data and the task: plain dataclasses, checked where they enter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+
+__all__ = ["Columns", "DataSettings", "ModelSettings", "TaskSettings"]
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+@dataclass
+class ModelSettings:
+    """The pretrained model.
+
+    Args:
+        path: hub id, local folder in Hugging Face layout, or "minilm" for the packaged MiniLM (extra `demo`).
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run model code that comes with the checkpoint.
+        dtype: float32, bfloat16, float16 or auto (as stored).
+        config: train from scratch: a configuration with its model_type instead of pretrained weights.
+        tokenizer: hub id or folder of the tokenizer, if it is not the model's own.
+    """
+
+    path: str | None = "minilm"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "float32"
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}.")
+        if self.config is not None and "model_type" not in self.config:
+            raise ConfigError("model.config has no model_type; add one, for example model_type: vit.")
+        if self.config is None and self.path is None:
+            raise ConfigError(
+                "model.path is missing; give a hub id, a local folder, or model.config to start from scratch."
+            )
+
+
+@dataclass
+class Columns:
+    """Names of the data set's columns.
+
+    Args:
+        text: the text, or the first text of a pair.
+        text_pair: the second text of a pair.
+        label: the label (integer or string), or the target of a regression.
+        image: the image.
+        prompt: what a causal model reads before it answers.
+        answer: what it learns to answer; with it, the loss is on the answer only.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    image: str = "image"
+    prompt: str = "prompt"
+    answer: str | None = None
+
+
+@dataclass
+class DataSettings:
+    """The data set.
+
+    Args:
+        path: hub id, local folder, local parquet, csv, json or jsonl file (also .gz), or "docstrings" (built in).
+        name: configuration name on the hub.
+        revision: branch, tag or commit on the hub.
+        train: split name on the hub, or file name inside the folder; None looks for train.*.
+        validation: likewise; None looks for validation.*, valid.*, val.* or dev.*.
+        test: likewise; None looks for test.*.
+        columns: names of the columns.
+        validation_fraction: part of the train set that is held out if there is no validation set.
+        limit_train: use at most this many rows, drawn with the seed.
+        limit_validation: likewise.
+        limit_test: likewise.
+        seed: seed of the limits and of the held-out part.
+    """
+
+    path: str = "docstrings"
+    name: str | None = None
+    revision: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    columns: Columns = field(default_factory=Columns)
+    validation_fraction: float = 0.1
+    limit_train: int | None = None
+    limit_validation: int | None = None
+    limit_test: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise ConfigError(f"data.validation_fraction={self.validation_fraction!r} must lie in [0, 1).")
+        for name in ("limit_train", "limit_validation", "limit_test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name}={value!r} must be at least 1; leave it out for no limit.")
+
+
+@dataclass
+class TaskSettings:
+    """The task.
+
+    Args:
+        name: text-classification, text-regression, causal-lm or image-classification.
+        metric: the metric that decides which checkpoint is best; None takes the task's own.
+        max_length: longest sequence in tokens; None takes the model's limit, at most 512.
+        labels: class names, in the order of their numbers; None takes them from the train set.
+        packing: causal-lm, plain text: join the texts and cut them into full sequences.
+        template: causal-lm with answers: the prompt, with column names in braces; None is "{prompt}".
+    """
+
+    name: str = "text-classification"
+    metric: str | None = None
+    max_length: int | None = None
+    labels: list[str] | None = None
+    packing: bool = True
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"task.max_length={self.max_length!r} must be at least 2 tokens.")

@@ -1,0 +1,36 @@
+"""How many entries a run touched: integers from the journal, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..geometry import Slice, entry_indices, touched
+
+__all__ = ["model_touched", "touched_entries"]
+
+
+def touched_entries(slices: Sequence[Slice], shape: tuple[int, int]) -> int:
+    """Distinct entries of a matrix that the slices cover; where rows and columns cross, an entry counts once.
+
+    Example:
+        >>> touched_entries([Slice("row", 0, 2), Slice("column", 0, 1)], (4, 10))
+        22
+    """
+    rows, columns = len(touched(list(slices), "row")), len(touched(list(slices), "column"))
+    lines = rows * shape[1] + columns * shape[0] - rows * columns
+    draws = [entry_indices(s, shape) for s in slices if s.axis == "entries"]
+    return lines + (int(torch.cat(draws).unique().numel()) if draws else 0)
+
+
+def model_touched(model: Any) -> int:
+    """Distinct entries of all layers that SliceFine trained so far, from the journals."""
+    from ..mover import movers_of
+
+    return sum(
+        touched_entries(layer.states[mover.name].journal.slices(), layer.shape)
+        for mover in movers_of(model)
+        for layer in mover.layers.values()
+    )

@@ -1,0 +1,133 @@
+"""The output folder: checked before work begins, resumed from, and never left half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from ..errors import ConfigError
+from .settings import TrainSettings
+
+__all__ = ["CHECKPOINTS", "RunFolder", "atomic_folder", "open_folder"]
+
+CHECKPOINTS = "checkpoints"
+RESULTS = "adapter"
+
+
+class RunFolder:
+    """Where a run writes, and where it goes on from.
+
+    Attributes:
+        path: the output folder.
+        checkpoint: the checkpoint to resume from, or None.
+    """
+
+    def __init__(self, path: Path, checkpoint: Path | None, created: bool) -> None:
+        self.path, self.checkpoint, self._created = path, checkpoint, created
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the Trainer keeps its checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @contextmanager
+    def clean_up(self) -> Iterator[None]:
+        """On an error remove checkpoints that are not whole, and the folder if nothing else is in it."""
+        try:
+            yield
+        except BaseException:
+            for folder in self.checkpoints.glob("checkpoint-*"):
+                if not _is_checkpoint(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+            if self._created and not any(self.checkpoints.glob("checkpoint-*")):
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+
+def open_folder(settings: TrainSettings) -> RunFolder:
+    """Find or make the output folder, and the checkpoint if the run is resumed.
+
+    Raises:
+        ConfigError: if the folder cannot be written, holds results already, or has no checkpoint to resume from.
+    """
+    checkpoint = _find_checkpoint(settings)
+    path = _output(settings, checkpoint)
+    if checkpoint is None and not settings.overwrite and (path / RESULTS).exists():
+        raise ConfigError(
+            f"output={str(path)!r} holds the results of an earlier run. Choose another folder, go on with resume=true, "
+            "or replace them with overwrite=true."
+        )
+    created = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output={str(path)!r} cannot be written ({error}). Choose a folder that can be.") from error
+    if checkpoint is None and settings.overwrite:
+        shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+    return RunFolder(path, checkpoint, created)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling to write into; it takes the target's place when all went well, or vanishes.
+
+    Example:
+        >>> with atomic_folder(Path("out/adapter")) as folder:  # doctest: +SKIP
+        ...     model.save_pretrained(folder)
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        aside.chmod(0o755)
+        yield aside
+        if target.exists():
+            shutil.rmtree(target)
+        aside.replace(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _output(settings: TrainSettings, checkpoint: Path | None) -> Path:
+    if settings.output is not None:
+        return Path(settings.output).expanduser()
+    if checkpoint is not None:
+        return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
+    stem = f"{settings.method.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    path, number = Path("runs") / stem, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{stem}-{number}"
+    return path
+
+
+def _find_checkpoint(settings: TrainSettings) -> Path | None:
+    if settings.resume is False:
+        return None
+    folder = Path(settings.output or "") if settings.resume is True else Path(settings.resume)
+    folder = folder.expanduser()
+    if _is_checkpoint(folder):
+        return folder
+    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if _is_checkpoint(path)]
+    if not found:
+        state = "is no folder" if not folder.is_dir() else "holds no whole checkpoint"
+        raise ConfigError(
+            f"resume: {str(folder)!r} {state}. Give the output folder of a run that was interrupted, or one of its "
+            f"{CHECKPOINTS}/checkpoint-N folders; or leave resume out to start anew."
+        )
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """The Trainer writes its state last, so a folder with a readable state is whole."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return (folder / "optimizer.pt").is_file()

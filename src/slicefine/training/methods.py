@@ -1,0 +1,118 @@
+"""Make a loaded model trainable: SliceFine, LoRA, all weights, or the new head only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ConfigError
+from ..tasks.base import Loaded, Task
+from .settings import TrainSettings
+
+__all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts"]
+
+
+def is_adapter(settings: TrainSettings) -> bool:
+    """Whether the method leaves a small file beside the base instead of a whole model."""
+    return settings.method.name in ("slicefine", "lora")
+
+
+def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
+    """The model to train; it shares the weights of ``loaded.model``.
+
+    Raises:
+        ConfigError: if no layer matches, or the method does not fit the task.
+    """
+    name = settings.method.name
+    if name == "full":
+        loaded.model.requires_grad_(True)
+        return loaded.model
+    if name == "head":
+        return _head_only(loaded, task)
+    from peft import get_peft_model
+
+    config = (_slice_config if name == "slicefine" else _lora_config)(loaded, task, settings)
+    try:
+        return get_peft_model(loaded.model, config)
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"slice.target_modules={settings.slice.target_modules!r}: {error}") from error
+
+
+def new_parameters(model: Any, loaded: Loaded) -> list[Any]:
+    """Trainable parameters of the new modules (the head), for their own learning rate."""
+    chosen = []
+    for name, parameter in model.named_parameters():
+        plain = name.replace("modules_to_save.default.", "").removeprefix("base_model.model.")
+        if parameter.requires_grad and any(plain.startswith(f"{module}.") for module in loaded.new_modules):
+            chosen.append(parameter)
+    return chosen
+
+
+def tensor_counts(model: Any, loaded: Loaded) -> dict[str, int]:
+    """Entries: trained now (padding does not count), of which in the head, in the base, and added to it."""
+    from ..mover import movers_of
+
+    head = sum(p.numel() for p in new_parameters(model, loaded))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    movers = movers_of(model)
+    adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    copies = sum(p.numel() for n, p in model.named_parameters() if "modules_to_save" in n or "slicefine_" in n)
+    total = sum(p.numel() for p in model.parameters()) - adapter - copies
+    if movers:
+        trained = sum(mover.active_entries() for mover in movers) + head
+    return {"trainable": trained, "head": head, "total": total, "added": adapter}
+
+
+def _head_only(loaded: Loaded, task: Task) -> Any:
+    if not loaded.new_modules:
+        raise ConfigError(f"method.name=head trains a new head, and task {task.name} has none; use slicefine, lora or full.")
+    loaded.model.requires_grad_(False)
+    for module in loaded.new_modules:
+        loaded.model.get_submodule(module).requires_grad_(True)
+    return loaded.model
+
+
+def _common(loaded: Loaded, task: Task, settings: TrainSettings) -> dict[str, Any]:
+    chosen = settings.slice
+    return {
+        "task_type": task.peft_task_type,
+        "target_modules": chosen.target_modules,
+        "exclude_modules": chosen.exclude_modules,
+        "layers_to_transform": chosen.layers_to_transform,
+        "rank_pattern": dict(chosen.rank_pattern),
+        "modules_to_save": list(loaded.new_modules) or None,
+    }
+
+
+def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
+    from ..peft import SliceFineConfig
+
+    chosen = settings.slice
+    return SliceFineConfig(
+        **_common(loaded, task, settings),
+        r=chosen.r,
+        mode=chosen.mode,
+        r_row=chosen.r_row,
+        r_column=chosen.r_column,
+        positions=chosen.positions,
+        mask_fraction=chosen.mask_fraction,
+        moves=chosen.moves,
+        interval=chosen.interval,
+        minimum_steps=chosen.minimum_steps,
+        state_policy=chosen.state_policy,
+        rewarm_steps=chosen.rewarm_steps,
+        seed=settings.training.seed if chosen.seed is None else chosen.seed,
+    )
+
+
+def _lora_config(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
+    from peft import LoraConfig
+
+    method = settings.method
+    return LoraConfig(
+        **_common(loaded, task, settings),
+        r=method.lora_r,
+        lora_alpha=method.lora_alpha or 2 * method.lora_r,
+        lora_dropout=method.lora_dropout,
+    )

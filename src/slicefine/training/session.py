@@ -1,0 +1,161 @@
+"""From settings to a Trainer that is ready to go: data, model, method, arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..errors import ConfigError
+from ..tasks import Loaded, Prepared, Task, get_task
+from ..tasks.sources import load_splits
+from .methods import make_trainable, new_parameters
+from .screen import Screen
+from .settings import TrainSettings
+from .trainer import Record, SliceTrainer
+
+__all__ = ["Session", "build", "main_metric", "open_task"]
+
+
+@dataclass
+class Session:
+    """Everything that a run works with.
+
+    Attributes:
+        settings: the recipe.
+        task: the task, which knows the classes.
+        loaded: base model and processor.
+        model: the model to train.
+        prepared: the data sets.
+        record: step times and moves.
+    """
+
+    settings: TrainSettings
+    task: Task
+    loaded: Loaded
+    model: Any
+    prepared: Prepared
+    record: Record
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, as the Trainer counts them."""
+        training = self.settings.training
+        if training.max_steps is not None:
+            return training.max_steps
+        batches = math.ceil(len(self.prepared.splits["train"]) / training.batch_size)
+        per_epoch = max(1, math.ceil(batches / training.gradient_accumulation))
+        return math.ceil(training.epochs * per_epoch)
+
+    def trainer(self, folder: str, screen: Screen | None = None) -> SliceTrainer:
+        """The Trainer; its checkpoints go to ``folder``."""
+        splits, settings = self.prepared.splits, self.settings
+        callbacks: list[Any] = [self.record]
+        if settings.training.early_stopping is not None:
+            callbacks.append(EarlyStoppingCallback(settings.training.early_stopping))
+        trainer = SliceTrainer(
+            model=self.model,
+            args=_arguments(self, folder),
+            data_collator=self.prepared.collator,
+            train_dataset=splits.get("train"),
+            eval_dataset=splits.get("validation"),
+            processing_class=self.loaded.processor,
+            compute_metrics=lambda result: self.task.compute(result.predictions, result.label_ids),
+            preprocess_logits_for_metrics=self.prepared.preprocess_logits,
+            callbacks=callbacks,
+            head_parameters=new_parameters(self.model, self.loaded),
+            head_rate=settings.training.head_learning_rate,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        if screen is not None:
+            trainer.add_callback(screen)
+        return trainer
+
+
+def open_task(settings: TrainSettings) -> tuple[Task, dict[str, Any]]:
+    """The task and its checked raw splits.
+
+    Raises:
+        ConfigError: for an unknown task or metric.
+        DataError: if the data is missing, empty, or not what the task needs.
+    """
+    task = get_task(settings.task, settings.model, settings.data)
+    splits = load_splits(settings.data)
+    task.read(splits)
+    return task, splits
+
+
+def build(settings: TrainSettings) -> Session:
+    """Load data and model and apply the method.
+
+    Raises:
+        ConfigError: if a setting does not fit.
+        DataError: if the data cannot be used, or there is no train set.
+    """
+    task, splits = open_task(settings)
+    if "train" not in splits:
+        raise ConfigError(
+            f"data.path={settings.data.path!r} has the sets {', '.join(splits)} but no train set; name its file or split "
+            "with data.train."
+        )
+    set_seed(settings.training.seed)  # the new head is drawn here
+    loaded = task.load()
+    prepared = task.prepare(splits, loaded)
+    model = make_trainable(loaded, task, settings)
+    return Session(settings, task, loaded, model, prepared, Record())
+
+
+def main_metric(task: Task, settings: TrainSettings) -> tuple[str, bool]:
+    """Name of the metric that picks the best checkpoint, and whether more is better."""
+    name = settings.task.metric or next(iter(task.metrics))
+    return name, name not in task.minimise
+
+
+def _arguments(session: Session, folder: str) -> TrainingArguments:
+    settings, training = session.settings, session.settings.training
+    every = training.evaluate if "validation" in session.prepared.splits else "no"
+    name, more = main_metric(session.task, settings)
+    optional = dict(session.prepared.trainer_args)
+    if training.group_by_length and optional.get("remove_unused_columns", True):
+        optional["train_sampling_strategy"] = "group_by_length"
+    if every == "steps":
+        optional |= {"eval_steps": training.evaluate_steps, "save_steps": training.evaluate_steps}
+    if training.gradient_checkpointing:
+        optional["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    try:
+        return TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=training.epochs,
+            max_steps=training.max_steps or -1,
+            per_device_train_batch_size=training.batch_size,
+            per_device_eval_batch_size=training.eval_batch_size or 4 * training.batch_size,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=training.schedule,
+            warmup_steps=training.warmup_ratio,
+            optim=training.optimizer,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            gradient_accumulation_steps=training.gradient_accumulation,
+            gradient_checkpointing=training.gradient_checkpointing,
+            bf16=training.bf16,
+            seed=training.seed,
+            eval_strategy=every,
+            save_strategy=training.evaluate if every == "no" else every,
+            save_total_limit=training.save_limit,
+            load_best_model_at_end=training.load_best and every != "no",
+            metric_for_best_model=f"eval_{name}",
+            greater_is_better=more,
+            logging_steps=training.logging_steps,
+            logging_nan_inf_filter=False,
+            report_to=training.report_to or "none",
+            label_names=["labels"],
+            dataloader_num_workers=training.workers,
+            disable_tqdm=True,
+            **optional,
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"training: {error}") from error

@@ -1,0 +1,221 @@
+"""A recipe as nested dataclasses. Their defaults are the embedded run: MiniLM on docstrings, offline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import ConfigError
+from ..mover import MoveSettings
+from ..schedule import Schedule
+from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
+
+__all__ = ["LEARNING_RATES", "METHODS", "MethodSettings", "SliceSettings", "TrainSettings", "TrainingSettings"]
+
+METHODS = ("slicefine", "lora", "full", "head")
+# used when a recipe names none; slices and adapters need 10 to 100 times the rate of full fine-tuning
+LEARNING_RATES = {"slicefine": 2e-3, "lora": 1e-3, "full": 5e-5, "head": 5e-3}
+_EVERY = ("epoch", "steps", "no")
+
+
+@dataclass
+class MethodSettings:
+    """How to fine-tune; the baselines run through the same code.
+
+    Args:
+        name: slicefine, lora, full (all weights) or head (the new head only).
+        lora_r: LoRA's rank.
+        lora_alpha: LoRA's alpha; None is twice the rank.
+        lora_dropout: LoRA's dropout.
+    """
+
+    name: str = "slicefine"
+    lora_r: int = 8
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS:
+            raise ConfigError(f"method.name={self.name!r} is unknown; expected one of {', '.join(METHODS)}.")
+        if self.lora_r < 1:
+            raise ConfigError(f"method.lora_r={self.lora_r!r} must be at least 1.")
+
+
+@dataclass
+class SliceSettings:
+    """The slice: how large, where, and when it moves. `target_modules` and `exclude_modules` serve LoRA as well.
+
+    Args:
+        r: rank: rows or columns that are trained at a time.
+        mode: row, column, alternate or random_mask.
+        r_row: rank of row slices; None is r.
+        r_column: rank of column slices; None is r.
+        positions: sweep, random, fixed, or a list of start indices.
+        mask_fraction: budget of random_mask as a fraction; None is the count of a row slice of rank r.
+        moves: number of moves, spread evenly over the run.
+        interval: optimizer steps between moves; overrides moves.
+        minimum_steps: with moves, steps that a position gets at least.
+        state_policy: optimizer state at a move: reset, rewarm or keep.
+        rewarm_steps: length of the ramp of rewarm.
+        seed: of random positions and masks; None is training.seed.
+        target_modules: "all-linear", names, a regular expression, or null for the architecture's default.
+        exclude_modules: names or a regular expression of layers to leave out.
+        layers_to_transform: indices of the layers to train; null is all.
+        rank_pattern: rank of single layers, by name or regular expression.
+    """
+
+    r: int = 5
+    mode: str = "alternate"
+    r_row: int | None = None
+    r_column: int | None = None
+    positions: str | list[int] = "sweep"
+    mask_fraction: float | None = None
+    moves: int | None = 8
+    interval: int | None = None
+    minimum_steps: int = 50
+    state_policy: str = "reset"
+    rewarm_steps: int = 10
+    seed: int | None = None
+    target_modules: str | list[str] | None = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        row, column = self.r if self.r_row is None else self.r_row, self.r if self.r_column is None else self.r_column
+        Schedule(self.mode, row, column, self.positions, self.mask_fraction)
+        MoveSettings(self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps)
+
+
+@dataclass
+class TrainingSettings:
+    """The optimization.
+
+    Args:
+        epochs: passes over the train set.
+        max_steps: optimizer steps; overrides epochs.
+        batch_size: rows per device and step.
+        eval_batch_size: rows per device when evaluating; None is four times batch_size.
+        learning_rate: peak rate; None takes the method's own.
+        head_learning_rate: rate of a new head; None is learning_rate.
+        weight_decay: AdamW's decay.
+        optimizer: a name that transformers' Trainer knows, such as adamw_torch.
+        warmup_ratio: share of the steps in which the rate rises.
+        schedule: a schedule that transformers knows: linear, cosine, constant, ...
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        gradient_accumulation: batches per optimizer step.
+        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        bf16: mixed precision.
+        seed: of everything: head, order, dropout.
+        evaluate: epoch, steps or no.
+        evaluate_steps: optimizer steps between evaluations, with evaluate=steps.
+        evaluate_before: measure the metric before training as well.
+        load_best: end with the best checkpoint instead of the last one.
+        early_stopping: stop after this many evaluations without a better metric.
+        save_limit: checkpoints to keep, beside the best one.
+        group_by_length: batch texts of similar length, which saves padding.
+        logging_steps: optimizer steps between entries of the loss curve.
+        report_to: tensorboard, wandb, or any other that transformers knows.
+        workers: processes that prepare batches.
+    """
+
+    epochs: float = 2.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    eval_batch_size: int | None = None
+    learning_rate: float | None = None
+    head_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    optimizer: str = "adamw_torch"
+    warmup_ratio: float = 0.06
+    schedule: str = "linear"
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    seed: int = 42
+    evaluate: str = "epoch"
+    evaluate_steps: int | None = None
+    evaluate_before: bool = True
+    load_best: bool = True
+    early_stopping: int | None = None
+    save_limit: int = 1
+    group_by_length: bool = True
+    logging_steps: int = 10
+    report_to: list[str] = field(default_factory=list)
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation", "logging_steps", "save_limit"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name}={getattr(self, name)!r} must be at least 1.")
+        for name in ("max_steps", "eval_batch_size", "early_stopping", "evaluate_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"training.{name}={value!r} must be at least 1; leave it out for the default.")
+        for name in ("learning_rate", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < float("inf"):
+                raise ConfigError(f"training.{name}={value!r} must be positive.")
+        if self.epochs <= 0 and self.max_steps is None:
+            raise ConfigError(f"training.epochs={self.epochs!r} must be positive, or give training.max_steps.")
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        if self.evaluate not in _EVERY:
+            raise ConfigError(f"training.evaluate={self.evaluate!r} is unknown; expected one of {', '.join(_EVERY)}.")
+        if self.evaluate == "steps" and self.evaluate_steps is None:
+            raise ConfigError("training.evaluate=steps needs training.evaluate_steps, the number of steps between.")
+        if self.early_stopping is not None and (self.evaluate == "no" or not self.load_best):
+            raise ConfigError("training.early_stopping needs evaluations and training.load_best=true.")
+
+
+@dataclass
+class TrainSettings:
+    """Everything that `slicefine train` needs.
+
+    Args:
+        model: the pretrained model.
+        data: the data set.
+        task: the task.
+        method: how to fine-tune.
+        slice: the slice.
+        training: the optimization.
+        output: folder for the results; None makes a new one below runs/.
+        overwrite: replace the results of an earlier run in that folder.
+        resume: true goes on from the last checkpoint in output; or a run's folder, or a checkpoint's.
+        verify: reload what was saved and compare predictions, unload and compare weights; None does so below 100M parameters.
+        dry_run: show the plan (layers, slices, trainable share, moves) and stop.
+        quiet: print nothing.
+    """
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    slice: SliceSettings = field(default_factory=SliceSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    output: str | None = None
+    overwrite: bool = False
+    resume: bool | str = False
+    verify: bool | None = None
+    dry_run: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resume is True and self.output is None:
+            raise ConfigError("resume=true needs output, the folder of the run to go on with; or give resume=FOLDER.")
+        if self.model.config is not None and self.method.name != "full":
+            raise ConfigError(
+                f"model.config starts from random weights, which method.name={self.method.name} would leave mostly "
+                "untrained, and which no adapter could be attached to again. Use method.name=full, or model.path."
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak rate: the recipe's, or the method's own."""
+        return self.training.learning_rate or LEARNING_RATES[self.method.name]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, for files."""
+        return asdict(self)

@@ -1,0 +1,123 @@
+"""Results on disk: write them, and load them again for evaluating and merging."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterFileError
+from ..tasks import Columns, DataSettings, Loaded, ModelSettings, Task, TaskSettings, get_task
+from .methods import is_adapter
+from .session import Session
+
+__all__ = ["RUN_FILE", "Trained", "load_trained", "read_run", "save_trained", "weight_bytes"]
+
+RUN_FILE = "slicefine_run.json"  # what eval and merge need to know, beside the weights
+FORMAT_VERSION = 1
+
+
+class Trained:
+    """A model that was loaded back.
+
+    Attributes:
+        model: the base with its adapter, or the whole model.
+        task: the task, with its classes.
+        loaded: base and processor.
+        data: the data settings of the run.
+    """
+
+    def __init__(self, model: Any, task: Task, loaded: Loaded, data: DataSettings) -> None:
+        self.model, self.task, self.loaded, self.data = model, task, loaded, data
+
+
+def save_trained(session: Session, folder: Path) -> None:
+    """Write model or adapter, processor, and the run file into an existing folder."""
+    settings = session.settings
+    session.model.save_pretrained(folder)
+    session.loaded.processor.save_pretrained(folder)
+    content = {
+        "version": FORMAT_VERSION,
+        "adapter": is_adapter(settings),
+        "model": settings.as_dict()["model"],
+        "data": settings.as_dict()["data"],
+        "task": settings.as_dict()["task"],
+        "method": settings.method.name,
+        "state": session.task.state(),
+    }
+    (folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The run file of a results folder.
+
+    Raises:
+        AdapterFileError: if the folder or the file is missing or corrupt.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file() and (folder / "adapter" / RUN_FILE).is_file():
+        path = folder / "adapter" / RUN_FILE  # the output folder was given instead of its adapter/
+    if not path.is_file():
+        raise AdapterFileError(
+            f"{folder}: no {RUN_FILE} here. Give the adapter/ folder that `slicefine train` wrote; other adapters are "
+            "loaded with peft.PeftModel.from_pretrained."
+        )
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: not readable as JSON ({error}); the file is corrupt.") from error
+    if not isinstance(content, dict) or content.get("version") != FORMAT_VERSION:
+        raise AdapterFileError(f"{path}: expected version {FORMAT_VERSION}; update slicefine, or train again.")
+    return {**content, "folder": path.parent}
+
+
+def load_trained(folder: Path, model_path: str | None = None) -> Trained:
+    """Load a results folder into a fresh base.
+
+    Args:
+        folder: the ``adapter`` folder of a run.
+        model_path: the base, if it is elsewhere now.
+
+    Raises:
+        AdapterFileError: if a file is missing, corrupt, or belongs to another base.
+    """
+    run = read_run(folder)
+    folder = run["folder"]
+    model_settings = ModelSettings(**run["model"])
+    if not run["adapter"]:
+        model_settings = replace(model_settings, path=str(folder), config=None, revision=None, tokenizer=None)
+    elif model_path is not None:
+        model_settings = replace(model_settings, path=model_path)
+    data = DataSettings(**{**run["data"], "columns": Columns(**run["data"]["columns"])})
+    task = get_task(TaskSettings(**run["task"]), model_settings, data)
+    task.restore(run["state"])
+    loaded = task.load()
+    model = _attach(loaded.model, folder) if run["adapter"] else loaded.model
+    model.eval()
+    return Trained(model, task, loaded, data)
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _attach(base: Any, folder: Path) -> Any:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    from .. import peft as _registered  # noqa: F401  (PEFT must know the method before it reads the file)
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise AdapterFileError(f"{folder / name} is missing; copy the whole adapter folder, or train again.")
+    try:
+        return PeftModel.from_pretrained(base, str(folder))
+    except AdapterFileError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise AdapterFileError(
+            f"{folder}: the adapter cannot be loaded ({error}). The file is corrupt, or the base is not the one it was "
+            "trained on."
+        ) from error

@@ -1,0 +1,77 @@
+"""transformers' Trainer with three small additions: a rate for the head, a stop at NaN, and a record of the run."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from ..errors import NumericalError
+from ..mover import movers_of
+
+__all__ = ["Record", "SliceTrainer"]
+
+
+class SliceTrainer(Trainer):  # type: ignore[misc]
+    """Trainer whose new head may have its own learning rate, and which stops at the first loss that is not finite."""
+
+    def __init__(self, *args: Any, head_parameters: list[Any], head_rate: float | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head = {id(parameter) for parameter in head_parameters}
+        self._head_rate = head_rate
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers', then the head's parameters go into groups with their own rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self._head_rate is not None:
+            for group in list(optimizer.param_groups):
+                head = [p for p in group["params"] if id(p) in self._head]
+                group["params"] = [p for p in group["params"] if id(p) not in self._head]
+                if head:
+                    settings = {k: v for k, v in group.items() if k != "params"}
+                    optimizer.add_param_group({**settings, "params": head, "lr": self._head_rate})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; raises `NumericalError` before a bad loss reaches the optimizer."""
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise NumericalError(
+                f"step {self.state.global_step + 1}: the loss is {float(loss)}. Nothing was saved after the last whole "
+                "checkpoint. Lower training.learning_rate, clip gradients (training.max_grad_norm), switch bf16 off, or "
+                "look for bad rows in the data."
+            )
+        return loss
+
+
+class Record(TrainerCallback):  # type: ignore[misc]
+    """Notes how long optimizer steps take and after which steps the slices moved."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.moves: list[int] = []
+        self._began = 0.0
+        self._visits = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Take over the moves of the run that is resumed."""
+        for mover in movers_of(model)[:1]:
+            layer = next(iter(mover.layers.values()))
+            visits = layer.states[mover.name].journal.visits
+            self.moves = [visit.first_step - 1 for visit in visits[1:]]
+            self._visits = len(visits)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Stop the clock; note a move."""
+        self.seconds.append(time.perf_counter() - self._began)
+        movers = movers_of(model)
+        if movers and movers[0].visits != self._visits:
+            self._visits = movers[0].visits
+            self.moves.append(state.global_step)

@@ -1,0 +1,53 @@
+"""Proof after a run: what was saved predicts the same when reloaded, and unloading gives the original weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .methods import is_adapter
+from .session import Session
+from .trained import load_trained
+
+__all__ = ["LIMIT", "predictions", "same_predictions", "same_weights"]
+
+LIMIT = 100_000_000  # parameters above which a second copy of the model is not loaded unless asked for
+_ROWS = 64
+
+
+@torch.no_grad()
+def predictions(model: Any, session: Session, rows: int = _ROWS) -> torch.Tensor:
+    """The model's outputs on the first rows of the validation set (of the train set if there is none), on the CPU."""
+    splits = session.prepared.splits
+    data = splits.get("validation", splits["train"])
+    count = min(rows, len(data))
+    batch = session.prepared.collator([data[i] for i in range(count)])
+    device = next(model.parameters()).device
+    model.eval()
+    return model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float().cpu()
+
+
+def same_predictions(session: Session, folder: Path) -> bool:
+    """Whether the saved files, loaded into a fresh base, give bit-identical outputs."""
+    expected = predictions(session.model, session)
+    reloaded = load_trained(folder).model.to(next(session.model.parameters()).device)
+    return torch.equal(expected, predictions(reloaded, session))
+
+
+def same_weights(session: Session) -> bool | None:
+    """Whether unloading the adapter gives every original weight back, bit for bit. None for full and head.
+
+    The session's model is unloaded by this, so it comes last. The new head has no original and is left out.
+    """
+    if not is_adapter(session.settings):
+        return None
+    fresh = session.task.load()
+    unloaded = session.model.unload().state_dict()
+    heads = tuple(f"{name}." for name in session.loaded.new_modules)
+    return all(
+        torch.equal(tensor.cpu(), unloaded[name].cpu())
+        for name, tensor in fresh.model.state_dict().items()
+        if not name.startswith(heads or "\0")
+    )

@@ -1,0 +1,15 @@
+"""Settings for every test: reproducible examples, no time limits, one seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("slicefine", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.load_profile("slicefine")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,1 @@
+"""PEFT's own released tests, run with `SliceFineConfig` (and, as a control, with stock LoRA)."""

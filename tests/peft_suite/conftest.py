@@ -1,0 +1,31 @@
+"""Marks, moves and expected failures for the tests in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import pytest
+
+from .adapt import moving_added_adapters
+from .cases import EXCLUDED, METHOD
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "peft_suite: one of PEFT's own tests, run with our configuration")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "peft_suite" not in item.nodeid:
+        return
+    item.add_marker("peft_suite")
+    item.add_marker(pytest.mark.filterwarnings("default"))  # PEFT's tests provoke warnings and do not mind them
+    for excluded in EXCLUDED if METHOD == "slicefine" else ():
+        if fnmatchcase(item.name, excluded.test):
+            item.add_marker(pytest.mark.xfail(raises=excluded.error, strict=True, reason=excluded.reason))
+
+
+@pytest.fixture(autouse=True)
+def _moves() -> Iterator[None]:
+    with moving_added_adapters():
+        yield

@@ -1,0 +1,216 @@
+"""The journal restores, re-applies and undoes bit for bit, whatever crosses whatever."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from core_helpers import slice_mask
+from slicefine.errors import AdapterFileError, UnsupportedError
+from slicefine.functional import read_block, write_block
+from slicefine.geometry import Slice
+from slicefine.journal import Journal, Visit, read_table
+
+SHAPE = (5, 6)
+HISTORY = 3
+BLOCKS = [
+    *(Slice("row", start, 2) for start in range(4)),
+    *(Slice("column", start, 2) for start in range(5)),
+    *(Slice("entries", seed, 7) for seed in range(3)),
+]
+
+
+def base_weight() -> torch.Tensor:
+    # values whose differences round: (a + b) - b is not a
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 6, 30).view(SHAPE)
+
+
+class JournalMachine(RuleBasedStateMachine):
+    """Random sequences of operations beside a model that keeps a dense copy for every visit."""
+
+    @initialize(block=st.sampled_from(BLOCKS))
+    def start(self, block):
+        self.base = base_weight()
+        self.weight, self.trained = self.base.clone(), self.base.clone()
+        self.journal = Journal(HISTORY)
+        self.snapshots, self.visits, self.undone = [], [], 0
+        self.applied = True
+        self.generator = torch.Generator().manual_seed(0)
+        self.begin(block)
+
+    @precondition(lambda self: self.applied)
+    @rule(block=st.sampled_from(BLOCKS))
+    def begin(self, block):
+        values = self.journal.begin(self.weight, block)
+        assert torch.equal(values, read_block(self.trained, block))
+        self.snapshots.append(self.trained.clone())
+        self.visits.append([block, 0])
+        self.undone = max(0, self.undone - 1)
+
+    @precondition(lambda self: self.applied)
+    @rule(steps=st.integers(1, 3))
+    def train(self, steps):
+        block = self.visits[-1][0]
+        for _ in range(steps):
+            values = read_block(self.weight, block)
+            values += torch.randn(values.shape, generator=self.generator)
+            write_block(self.weight, block, values)
+            self.trained = torch.where(slice_mask(block, SHAPE), self.weight, self.trained)
+            self.journal.count_step()
+            self.visits[-1][1] += 1
+
+    @rule()
+    def revert(self):
+        self.journal.revert(self.weight)
+        self.applied = False
+
+    @rule()
+    def apply(self):
+        self.journal.apply(self.weight)
+        self.applied = True
+
+    @rule()
+    def undo(self):
+        kept = min(HISTORY, len(self.visits)) - self.undone  # an undone visit's place in the history is not refilled
+        if not self.applied:
+            with pytest.raises(UnsupportedError, match="not in the weight now"):
+                self.journal.undo(self.weight)
+        elif len(self.visits) < 2 or len(self.journal._before) == 0:
+            with pytest.raises(UnsupportedError, match=f"of {len(self.visits)} visits only"):
+                self.journal.undo(self.weight)
+        else:
+            assert kept >= 0
+            self.journal.undo(self.weight)
+            self.trained = self.snapshots.pop()
+            self.visits.pop()
+
+    @invariant()
+    def weight_is_as_expected(self):
+        if hasattr(self, "weight"):
+            assert torch.equal(self.weight, self.trained if self.applied else self.base)
+            assert self.journal.applied == self.applied
+            assert self.journal.step == sum(steps for _, steps in self.visits)
+            assert self.journal.active == self.visits[-1][0]
+
+    @invariant()
+    def file_form_is_complete(self):
+        if not hasattr(self, "weight"):
+            return
+        assert [v.slice for v in read_table(self.journal.table())] == [block for block, _ in self.visits]
+        assert self.journal.slices() == list(dict.fromkeys(block for block, _ in self.visits))
+        rebuilt = self.base.clone()
+        other = Journal()
+        other.load(self.journal.table(), {b: v.clone() for b, v in self.journal.trained(self.weight)})
+        other.apply(rebuilt)
+        assert torch.equal(rebuilt, self.trained)
+        other.revert(rebuilt)
+        assert torch.equal(rebuilt, self.base)
+
+    @invariant()
+    def deltas_count_every_entry_once(self):
+        if not hasattr(self, "weight") or self.applied:
+            return
+        total, claimed = torch.zeros(SHAPE), torch.zeros(SHAPE, dtype=torch.int64)
+        for block, delta in self.journal.deltas(self.weight):
+            dense = torch.zeros(SHAPE)
+            write_block(dense, block, delta)
+            total += dense
+            claimed += dense != 0
+        assert torch.equal(total, self.trained - self.base)
+        assert claimed.max() <= 1
+
+
+JournalMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
+TestJournal = JournalMachine.TestCase
+
+
+def trained_journal(blocks: list[Slice], weight: torch.Tensor) -> Journal:
+    journal = Journal(history=8)
+    for i, block in enumerate(blocks):
+        values = journal.begin(weight, block)
+        write_block(weight, block, values + 0.1 * (i + 1))
+        journal.count_step()
+    return journal
+
+
+def test_undo_goes_back_visit_by_visit_up_to_the_history():
+    weight = base_weight()
+    journal = Journal(history=2)
+    stages = []
+    for block in BLOCKS[:4]:
+        stages.append(weight.clone())
+        write_block(weight, block, journal.begin(weight, block) + 1)
+    for stage in (stages[3], stages[2]):
+        journal.undo(weight)
+        assert torch.equal(weight, stage)
+    with pytest.raises(UnsupportedError, match="the last 0 of 2 visits only.*Raise `history` before training"):
+        journal.undo(weight)
+    assert torch.equal(weight, stages[2])
+
+
+def test_the_first_visit_cannot_be_undone():
+    weight = base_weight()
+    journal = trained_journal([BLOCKS[0]], weight)
+    with pytest.raises(UnsupportedError, match="the first visit has nothing before it"):
+        journal.undo(weight)
+
+
+def test_originals_are_kept_once_and_off_the_weight():
+    weight = base_weight()
+    journal = trained_journal([Slice("row", 0, 2), Slice("row", 3, 2), Slice("row", 0, 2)], weight)
+    assert list(journal._originals) == [Slice("row", 0, 2), Slice("row", 3, 2)]
+    assert all(v.untyped_storage().nbytes() == 2 * 6 * 4 for v in journal._originals.values())
+
+
+def test_two_journals_add_up_and_come_off_again():
+    weight = base_weight().double()
+    base = weight.clone()
+    first = trained_journal([Slice("row", 1, 2), Slice("column", 0, 2)], weight)
+    only_first = weight - base
+    first.revert(weight)
+    second = trained_journal([Slice("column", 1, 2), Slice("entries", 1, 7)], weight)
+    only_second = weight - base
+    second.revert(weight)
+    first_deltas, second_deltas = first.deltas(weight), second.deltas(weight)
+    first.add(weight, first_deltas)
+    second.add(weight, second_deltas, scale=0.5)
+    torch.testing.assert_close(weight - base, only_first + 0.5 * only_second)
+    second.revert(weight)
+    torch.testing.assert_close(weight - base, only_first)
+    first.revert(weight)
+    assert torch.equal(weight, base)
+    first.apply(weight)
+    torch.testing.assert_close(weight - base, only_first)
+
+
+def test_table_round_trip():
+    weight = base_weight()
+    journal = trained_journal([BLOCKS[0], BLOCKS[5], BLOCKS[9]], weight)
+    table = journal.table()
+    assert table.tolist() == [[0, 0, 2, 1, 1], [1, 1, 2, 2, 2], [2, 0, 7, 3, 3]]
+    assert read_table(table) == journal.visits
+    assert read_table(table)[1] == Visit(Slice("column", 1, 2), 2, 2)
+    assert Journal().table().shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [[3, 0, 1, 1, 1], [-1, 0, 1, 1, 1], [0, -1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 1, 0, 1], [0, 0, 1, 5, 3]],
+    ids=["axis", "negative axis", "start", "width", "first step", "last step"],
+)
+def test_impossible_entries_are_refused(entry):
+    with pytest.raises(AdapterFileError, match=r"journal: impossible entry \[.*\]; the file is corrupt"):
+        read_table(torch.tensor([[0, 0, 1, 1, 1], entry]))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(0, 5, dtype=torch.int64), torch.ones(5).long(), torch.ones(1, 5)],
+    ids=["columns", "empty", "1-D", "float"],
+)
+def test_tables_of_another_form_are_refused(table):
+    with pytest.raises(AdapterFileError, match=r"expected an integer tensor of shape \(visits, 5\), got torch"):
+        read_table(table)
