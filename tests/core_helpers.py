@@ -13,9 +13,9 @@ from slicefine.geometry import Slice, entry_indices
 def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """Three linear layers, wide, tall and square, so that alternate mode pads in both directions."""
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 5, bias=False), nn.Tanh(), nn.Linear(5, 5)
-    ).to(dtype)
+    return nn.Sequential(nn.Linear(6, 11), nn.Tanh(), nn.Linear(11, 5, bias=False), nn.Tanh(), nn.Linear(5, 5)).to(
+        dtype
+    )
 
 
 def batches(count: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:

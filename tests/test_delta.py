@@ -15,7 +15,9 @@ from slicefine.schedule import Schedule, slice_at
 SHAPE = (7, 9)
 
 
-def trained(schedule: Schedule, visits: int, dtype: torch.dtype = torch.float32) -> tuple[Journal, torch.Tensor, torch.Tensor]:
+def trained(
+    schedule: Schedule, visits: int, dtype: torch.dtype = torch.float32
+) -> tuple[Journal, torch.Tensor, torch.Tensor]:
     """A journal after ``visits`` positions, its base weight and its trained weight."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(SHAPE, generator=generator).to(dtype)
@@ -35,7 +37,12 @@ def active_parameter(journal: Journal, weight: torch.Tensor, schedule: Schedule)
     return parameter
 
 
-SCHEDULES = [Schedule("row", 2, 2), Schedule("column", 2, 2), Schedule("alternate", 3, 2), Schedule("random_mask", 1, 1)]
+SCHEDULES = [
+    Schedule("row", 2, 2),
+    Schedule("column", 2, 2),
+    Schedule("alternate", 3, 2),
+    Schedule("random_mask", 1, 1),
+]
 
 
 @pytest.mark.parametrize("reverted", [False, True])

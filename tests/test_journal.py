@@ -108,13 +108,9 @@ class JournalMachine(RuleBasedStateMachine):
         assert torch.equal(rebuilt, self.trained)
         other.revert(rebuilt)
         assert torch.equal(rebuilt, self.base)
-
-    @invariant()
-    def deltas_count_every_entry_once(self):
-        if not hasattr(self, "weight") or self.applied:
-            return
+        # deltas count every entry once, whether it was trained in one slice or in several
         total, claimed = torch.zeros(SHAPE), torch.zeros(SHAPE, dtype=torch.int64)
-        for block, delta in self.journal.deltas(self.weight):
+        for block, delta in other.deltas(rebuilt):
             dense = torch.zeros(SHAPE)
             write_block(dense, block, delta)
             total += dense
@@ -146,7 +142,7 @@ def test_undo_goes_back_visit_by_visit_up_to_the_history():
     for stage in (stages[3], stages[2]):
         journal.undo(weight)
         assert torch.equal(weight, stage)
-    with pytest.raises(UnsupportedError, match="the last 0 of 2 visits only.*Raise `history` before training"):
+    with pytest.raises(UnsupportedError, match=r"the last 0 of 2 visits only.*Raise `history` before training"):
         journal.undo(weight)
     assert torch.equal(weight, stages[2])
 
@@ -208,7 +204,12 @@ def test_impossible_entries_are_refused(entry):
 
 @pytest.mark.parametrize(
     "table",
-    [torch.zeros(2, 4, dtype=torch.int64), torch.zeros(0, 5, dtype=torch.int64), torch.ones(5).long(), torch.ones(1, 5)],
+    [
+        torch.zeros(2, 4, dtype=torch.int64),
+        torch.zeros(0, 5, dtype=torch.int64),
+        torch.ones(5).long(),
+        torch.ones(1, 5),
+    ],
     ids=["columns", "empty", "1-D", "float"],
 )
 def test_tables_of_another_form_are_refused(table):

@@ -104,7 +104,7 @@ def test_a_list_of_starts_is_used_in_turn():
 def test_a_function_of_the_user_decides():
     schedule = Schedule("row", 1, 1, lambda visit, layer, shape: Slice("row", visit + len(layer), 1))
     assert slice_at(schedule, 2, (6, 6), "ab") == Slice("row", 4, 1)
-    with pytest.raises(ConfigError, match="positions function, layer 'ab', visit 4: row slice .* does not fit"):
+    with pytest.raises(ConfigError, match=r"positions function, layer 'ab', visit 4: row slice .* does not fit"):
         slice_at(schedule, 4, (6, 6), "ab")
 
 
@@ -119,7 +119,9 @@ def test_wrap_visit_equals_brute_force(mode, positions, row_rank, column_rank, s
     assert wrap_visit(schedule, shape) == visit
 
 
-@pytest.mark.parametrize("schedule", [Schedule("random_mask"), Schedule("row", positions="fixed"), Schedule(positions=[1])])
+@pytest.mark.parametrize(
+    "schedule", [Schedule("random_mask"), Schedule("row", positions="fixed"), Schedule(positions=[1])]
+)
 def test_wrap_visit_is_none_where_there_is_no_sweep(schedule):
     assert wrap_visit(schedule, (8, 8)) is None
 

@@ -185,11 +185,26 @@ def read_table(table: Tensor) -> list[Visit]:
 
 def _clear_shared(delta: Tensor, block: Slice, earlier: Slice, weight: Tensor) -> None:
     """Zero the part of ``delta`` that an earlier slice already counts."""
-    if "entries" in (block.axis, earlier.axis):
-        shape = (weight.shape[0], weight.shape[1])
-        shared = torch.isin(entry_indices(block, shape), entry_indices(earlier, shape))
-        delta[0, shared.to(delta.device)] = 0
-        return
-    part = shared_entries(block, earlier)
-    if part is not None:
-        delta[part] = 0
+    shape = (weight.shape[0], weight.shape[1])
+    if block.axis == "entries":
+        indices = entry_indices(block, shape)
+        delta[0, _covers(earlier, indices, shape).to(delta.device)] = 0
+    elif earlier.axis == "entries":
+        indices = entry_indices(earlier, shape)
+        indices = indices[_covers(block, indices, shape)].to(delta.device)
+        line, place = indices // shape[1], indices % shape[1]
+        if block.axis == "column":
+            line, place = place, line
+        delta[line - block.start, place] = 0
+    else:
+        part = shared_entries(block, earlier)
+        if part is not None:
+            delta[part] = 0
+
+
+def _covers(block: Slice, indices: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Which flat indices lie in a slice."""
+    if block.axis == "entries":
+        return torch.isin(indices, entry_indices(block, shape))
+    line = indices // shape[1] if block.axis == "row" else indices % shape[1]
+    return (line >= block.start) & (line < block.start + block.width)

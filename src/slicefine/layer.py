@@ -60,13 +60,13 @@ class AdapterTensors(nn.Module):
         self._kind = kind
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name in self._owner.states:
+        for name in list(self._owner.states):
             tensor = self._owner.file_tensors(name).get(self._kind)
             if tensor is not None:
                 destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in self._owner.states:
+        for name in list(self._owner.states):
             if prefix + name in state_dict:
                 self._owner.stage(name, self._kind, state_dict[prefix + name])
 
@@ -134,6 +134,16 @@ class SliceLinear(nn.Module):
         return (columns, rows) if is_transposed(self.base_layer) else (rows, columns)
 
     @property
+    def in_features(self) -> int:
+        """Input features, as ``nn.Linear`` names them."""
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output units, as ``nn.Linear`` names them."""
+        return self.shape[0]
+
+    @property
     def applied(self) -> list[str]:
         """Adapters whose values the dense weight holds, in the order of application."""
         return [name for name, state in self.states.items() if state.journal.applied]
@@ -191,8 +201,8 @@ class SliceLinear(nn.Module):
             deltas = {name: self.states[name].journal.deltas(weight) for name in names}
             for name in names:
                 self.states[name].journal.add(weight, deltas[name])
-        # application order is state order, so that reverting in reverse restores every entry
-        self.states = {k: self.states[k] for k in [*(n for n in self.states if n not in names), *names]}
+        for name in names:  # application order is state order, so that reverting in reverse restores every entry
+            self.states[name] = self.states.pop(name)
 
     @contextmanager
     def reverted(self) -> Iterator[Tensor]:
@@ -231,6 +241,13 @@ class SliceLinear(nn.Module):
             first = slice_at(self.states[name].schedule, 0, self.shape, self.states[name].layer_name)
             return first.width * line_length(first.axis, self.shape)
         return self.block(name).numel()
+
+    def cast_active(self, name: str, dtype: torch.dtype) -> None:
+        """Keep adapter ``name``'s parameter in ``dtype`` from now on (a new parameter, as PEFT's own casts make)."""
+        if self.slicefine_active[name].dtype != dtype:
+            self._settle(name)
+            old = self.slicefine_active[name]
+            self.slicefine_active[name] = nn.Parameter(old.data.to(dtype), requires_grad=old.requires_grad)
 
     # -- moving ---------------------------------------------------------------------------------------------------
 
@@ -474,5 +491,5 @@ def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:
     assert isinstance(layer, SliceLinear)
-    for name in layer.states:
+    for name in list(layer.states):  # settling may reorder them
         layer._settle(name)

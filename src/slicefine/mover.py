@@ -125,6 +125,7 @@ class Mover:
     stepped: bool = False
     warned: bool = False
     _owners: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet, repr=False)
+    _seen: tuple[Tensor, int] | None = field(default=None, repr=False)  # gradient at the last foreign step
     _pace: weakref.ref[Optimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
 
     def __post_init__(self) -> None:
@@ -133,11 +134,11 @@ class Mover:
             layer.states[self.name].mover = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_owners", "_pace")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_owners", "_pace", "_seen")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copied or unpickled model moves by itself, too
         self.__dict__.update(state)
-        self._owners, self._pace = weakref.WeakSet(), None
+        self._owners, self._pace, self._seen = weakref.WeakSet(), None, None
         _MOVERS.add(self)
 
     # -- what a user may ask --------------------------------------------------------------------------------------
@@ -337,8 +338,12 @@ class Mover:
 
     def _note_foreign_step(self, layers: list[SliceLinear]) -> None:
         """An optimizer that owns no slice stepped: a mistake if gradients wait and no other optimizer comes."""
-        if self.stepped or layers[0].slicefine_active[self.name].grad is None:
+        gradient = layers[0].slicefine_active[self.name].grad
+        if self.stepped or gradient is None:
             return
+        seen, self._seen = self._seen, (gradient, gradient._version)
+        if seen is not None and seen[0] is gradient and seen[1] == gradient._version:
+            return  # no backward came through the slices since then: that step was another model's
         self.foreign_steps += 1
         if self.foreign_steps >= FOREIGN_STEPS:
             raise OptimizerError(
@@ -436,7 +441,7 @@ def movers_of(model: torch.nn.Module) -> list[Mover]:
     """Movers of the slices inside ``model``, in the order in which the adapters were added."""
     layers = {id(module) for module in model.modules() if isinstance(module, SliceLinear)}
     found = [mover for mover in _MOVERS if any(id(layer) in layers for layer in mover.layers.values())]
-    names = dict.fromkeys(name for module in model.modules() for name in getattr(module, "states", ()))
+    names = dict.fromkeys(name for module in model.modules() for name in getattr(module, "slicefine_active", ()))
     order = {name: i for i, name in enumerate(names)}
     return sorted(found, key=lambda mover: order.get(mover.name, math.inf))
 

@@ -7,6 +7,7 @@ import inspect
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -41,7 +42,9 @@ def adapt(base: type, tables: Tables, lora_named: tuple[str, ...] = ()) -> type:
         if name in lora_named:
             for variant in tables["config_cls"]:
                 body[f"{name}_{variant.__name__}"] = _copy(function, old, {"LoraConfig": variant})
-        elif any(_asks_for_config(new) for new in marks if new not in old) and name not in NOT_APPLICABLE:
+        elif any(_asks_for_config(new) for new in marks if new not in old) and not any(
+            fnmatchcase(name, pattern) for pattern in NOT_APPLICABLE
+        ):
             body[name] = _copy(function, marks)
     return type(base.__name__, (base,), body)
 
@@ -63,7 +66,8 @@ def _swap(mark: pytest.Mark, tables: Tables) -> pytest.Mark:
 def _copy(function: Any, marks: list[pytest.Mark], names: Mapping[str, Any] | None = None) -> Any:
     """The same code under other marks, and with other global names if ``names`` are given."""
     scope = {**function.__globals__, **names} if names else function.__globals__
-    result = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    code, defaults, closure = function.__code__, function.__defaults__, function.__closure__
+    result = types.FunctionType(code, scope, function.__name__, defaults, closure)
     result.__kwdefaults__ = function.__kwdefaults__
     result.pytestmark = list(marks)  # type: ignore[attr-defined]
     return result
@@ -135,5 +139,3 @@ def _perturb(layer: Any, adapter: str) -> None:
         block = layer.block(adapter)
         change[: block.shape[0], : block.shape[1]] = torch.randn_like(block) * 0.1
         parameter.add_(change)
-
-

@@ -39,9 +39,7 @@ _MODELS = {
     "llama-classifier": (tf.LlamaForSequenceClassification, tf.LlamaConfig(num_labels=3, **_LLAMA)),
     "t5": (
         tf.T5ForConditionalGeneration,
-        tf.T5Config(
-            d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **_TOKENS
-        ),
+        tf.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, **_TOKENS),
     ),
     "bart": (tf.BartForConditionalGeneration, tf.BartConfig(**_BART)),
     "bert": (tf.BertModel, tf.BertConfig(max_position_embeddings=64, **_BERT)),

@@ -29,7 +29,9 @@ TestCustomModel = adapt(
 )
 TestMultipleActiveAdapters = adapt(_released.TestMultipleActiveAdapters, _TABLES)
 TestRequiresGrad = adapt(
-    _released.TestRequiresGrad, _TABLES, lora_named=("test_loading_model_with_trainble_tokens_requires_grad_set_correctly",)
+    _released.TestRequiresGrad,
+    _TABLES,
+    lora_named=("test_loading_model_with_trainble_tokens_requires_grad_set_correctly",),
 )
 TestMixedAdapterBatches = adapt(_released.TestMixedAdapterBatches, _TABLES)
 TestDefaultTargetModules = adapt(_released.TestDefaultTargetModules, _TABLES)

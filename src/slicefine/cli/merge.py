@@ -1,7 +1,48 @@
-"""x"""
+"""Write a plain checkpoint: the base with a trained adapter's values in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
+
 from jsonargparse import ArgumentParser
+
+from .parsing import instantiate
+
+__all__ = ["MergeSettings", "parser", "run"]
+
+
+@dataclass
+class MergeSettings:
+    """Everything that `slicefine merge` needs.
+
+    Args:
+        adapter: the adapter folder that `slicefine train` wrote.
+        output: folder of the checkpoint.
+        model: the base, if it is elsewhere than in training.
+        overwrite: replace what is in the output folder.
+    """
+
+    adapter: str
+    output: str
+    model: str | None = None
+    overwrite: bool = False
+
+
 def parser() -> ArgumentParser:
-    return ArgumentParser()
+    """Options of `slicefine merge`."""
+    result = ArgumentParser(usage="slicefine merge --adapter DIR --output DIR [--SETTING VALUE ...]", description="Write base and adapter as one plain Hugging Face checkpoint.")
+    result.add_class_arguments(MergeSettings)
+    return result
+
+
 def run(chosen: Any) -> int:
+    """Merge and say where the checkpoint is."""
+    from ..training.evaluate import merge
+    from ..training.screen import quiet_libraries
+
+    quiet_libraries()
+    settings = MergeSettings(**instantiate(parser(), chosen))
+    folder = merge(settings.adapter, settings.output, settings.model, settings.overwrite)
+    print(f"written to {folder}")
     return 0

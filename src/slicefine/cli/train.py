@@ -7,13 +7,14 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..training.settings import TrainSettings
+from .parsing import instantiate
 
 __all__ = ["parser", "run"]
 
 
 def parser() -> ArgumentParser:
     """Options of `slicefine train`."""
-    result = ArgumentParser(description="Fine-tune a model. Without arguments: MiniLM on docstrings, offline.")
+    result = ArgumentParser(usage="slicefine train [--config RECIPE.yaml] [--SETTING VALUE ...]", description="Fine-tune a model. Without arguments: MiniLM on docstrings, offline.")
     result.add_argument("--config", action="config", help="Recipe in YAML; flags after it override it.")
     result.add_class_arguments(TrainSettings)
     return result
@@ -21,8 +22,10 @@ def parser() -> ArgumentParser:
 
 def run(chosen: Any) -> int:
     """Train."""
-    settings = parser().instantiate_classes(chosen)
+    settings = TrainSettings(**instantiate(parser(), chosen))
     from ..training.run import train
+    from ..training.screen import quiet_libraries
 
-    train(TrainSettings(**{name: value for name, value in settings.items() if name != "config"}))
+    quiet_libraries()
+    train(settings)
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
@@ -14,6 +16,20 @@ from ..schedule import Schedule
 from .registration import NAME
 
 __all__ = ["SliceFineConfig"]
+
+# PEFT has no discovery of methods: a process that did not import slicefine cannot read the adapter's type
+_CARD = """
+## Loading this adapter
+
+It was trained with [SliceFine](https://arxiv.org/abs/2510.08513). Import the package before loading it:
+
+```python
+import slicefine
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
 
 
 @dataclass
@@ -84,7 +100,7 @@ class SliceFineConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(NAME)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
@@ -112,6 +128,14 @@ class SliceFineConfig(PeftConfig):
         return MoveSettings(
             self.moves, self.interval, self.total_steps, self.minimum_steps, self.state_policy, self.rewarm_steps
         )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As PEFT's, and the model card beside it says that loading needs ``import slicefine``."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        card = Path(save_directory, "README.md")
+        text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
+        if _CARD not in text:
+            card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with a position function left out: code does not belong in a file."""

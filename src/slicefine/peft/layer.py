@@ -101,8 +101,8 @@ class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
         """The base layer, with trained values (``merge``) or with its original weights, bit for bit."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.apply_only([])
+        # an active adapter that was not asked for leaves with the wrapper
+        self.apply_only(self.merged_adapters if merge else [])
         return self.get_base_layer()  # type: ignore[no-any-return]
 
     def get_delta_weight(self, adapter: str) -> Tensor:

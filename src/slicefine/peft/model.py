@@ -9,16 +9,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
-from ..geometry import AXES
-from ..layer import supports
+from ..layer import SliceLinear, supports
 from ..mover import Mover
 from ..schedule import Schedule
 from ..tuner import shared_names
@@ -42,17 +40,32 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
     prefix: str = "slicefine_"
     tuner_layer_cls = SliceFineLinear
     # the paper trains all linear layers (Section 3, Table 4)
-    target_module_mapping = dict.fromkeys(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "all-linear")
+    target_module_mapping: dict[str, Any] = dict.fromkeys(
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "all-linear"
+    )
 
     # -- injection ------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Wrap the target layers, then make the mover that moves their slices."""
+        """Wrap the target layers, then make the mover that moves their slices.
+
+        A failure leaves the model as it was: no layer stays wrapped.
+        """
         install_trainer_callback(SliceFineCallback)
-        config = copy.copy(self.peft_config[adapter_name])  # the run's state must not leak into the user's object
-        self.peft_config[adapter_name] = config
+        config: Any = self.peft_config[adapter_name]
+        if not config.inference_mode:  # a run's state must not leak into the user's object
+            config = self.peft_config[adapter_name] = copy.copy(config)
+        if next(_sliced_layers(model, adapter_name), None) is not None:
+            raise ConfigError(f"adapter {adapter_name!r} exists already; delete it first or choose another name.")
         self._clamped: dict[str, int] = {}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _remove_adapter(model, adapter_name)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
         if self._clamped:
             some = ", ".join(f"{name} to {rank}" for name, rank in list(self._clamped.items())[:5])
             warnings.warn(
@@ -60,27 +73,42 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 UserWarning,
                 stacklevel=2,
             )
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, SliceFineLinear) and adapter_name in module.states
-        }
+        self._make_mover(model, adapter_name, config)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """As PEFT's; it takes a full name for a match without a look at ``layers_to_transform``, so ask by ending."""
+        targets = peft_config.target_modules
+        if peft_config.layers_to_transform is not None and isinstance(targets, set) and key in targets:
+            peft_config = copy.copy(peft_config)
+            peft_config.target_modules = {key.rpartition(".")[2]}
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _make_mover(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
+        layers: dict[str, SliceLinear] = dict(_sliced_layers(model, adapter_name))
         if layers:
             mover = Mover(adapter_name, layers, config.move_settings())
             if config.total_steps is not None:
                 mover.begin_run(config.total_steps)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The fp32 master is the default; ``autocast_adapter_dtype=False`` asks for the layer's own precision."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for _, layer in () if autocast_adapter_dtype else _sliced_layers(self.model, adapter_name):
+            layer.cast_active(adapter_name, layer.dense().dtype)
+
     def _create_and_replace(
         self,
-        peft_config: SliceFineConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        *,
+        parameter_name: str | None = None,
     ) -> None:
-        if optional_kwargs.get("parameter_name") is not None:
+        if parameter_name is not None:
             raise UnsupportedError("SliceFine does not support target_parameters yet; use target_modules.")
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not supports(base):
@@ -116,7 +144,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
 
     def _layer_schedule(self, config: SliceFineConfig, base: nn.Module, key: str) -> Schedule:
         """The layer's schedule; a rank that is too large is an error when it was named for this very layer."""
-        pattern = get_pattern_key(list(config.rank_pattern), key)
+        pattern = get_pattern_key(list(config.rank_pattern), key)  # the key itself when nothing matches
         rank = config.rank_pattern.get(pattern)
         schedule = config.schedule(rank)
         if schedule.mode == "random_mask":
@@ -125,7 +153,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         for axis, size in (("row", rows), ("column", columns)):
             if schedule.mode not in (axis, "alternate") or schedule.rank(axis) <= size:
                 continue
-            if pattern == key:
+            if rank is not None and pattern == key:
                 raise ConfigError(
                     f"rank_pattern names {key} with rank {rank}, but its weight has {size} {axis}s only; "
                     f"choose at most {size}."
@@ -170,7 +198,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         """
         if combination_type != "linear":
             raise UnsupportedError(
-                f"combination_type={combination_type!r}: SliceFine adds slices, combination_type='linear' is the only one."
+                f"combination_type={combination_type!r}: SliceFine adds slices, so 'linear' is the only combination."
             )
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or len(adapters) != len(weights) or not adapters:
@@ -180,23 +208,46 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             )
         if adapter_name in self.peft_config:
             raise ConfigError(f"add_weighted_adapter: {adapter_name!r} exists already; choose another name.")
-        configs = [self.peft_config[name] for name in adapters]
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
         if len({(c.mode, c.schedule()) for c in configs}) > 1:
             raise ConfigError(
                 "add_weighted_adapter: the adapters differ in mode, rank or positions; combine equal ones."
             )
-        self.peft_config[adapter_name] = replace(configs[0], layout=None)
-        layers = [m for m in self.model.modules() if isinstance(m, SliceFineLinear)]
-        for layer in layers:
+        wrappers = self._modules_to_save_of(adapters)
+        saved = sorted({name for c in configs for name in c.modules_to_save or ()})
+        config = self.peft_config[adapter_name] = replace(
+            configs[0], layout=None, target_modules=_all_targets(configs), modules_to_save=saved or None
+        )
+        for wrapper, source in wrappers:
+            wrapper.update(adapter_name)  # type: ignore[no-untyped-call]
+            wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[source].state_dict())
+            wrapper.modules_to_save[adapter_name].requires_grad_(False)
+        for _, layer in list(_sliced_layers(self.model)):
             parts = {name: w for name, w in zip(adapters, weights, strict=True) if name in layer.states}
             if parts:
                 layer.combine(adapter_name, parts)
                 layer.set_adapter(layer.active_adapters)
-        Mover(
-            adapter_name,
-            {m.label: m for m in layers if adapter_name in m.states},
-            self.peft_config[adapter_name].move_settings(),
-        )
+        self._make_mover(self.model, adapter_name, config)
+
+    def _modules_to_save_of(self, adapters: list[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
+        """Each fully trained module of ``adapters`` with the one adapter that has it; two cannot be combined."""
+        result = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, TrainableTokensWrapper) and any(a in module._adapters for a in adapters):
+                raise UnsupportedError(
+                    f"add_weighted_adapter: {name} has trainable tokens, which cannot be combined with weights. "
+                    "Train the adapters without trainable_token_indices, or merge them one after the other."
+                )
+            if not isinstance(module, ModulesToSaveWrapper):
+                continue
+            owners = [adapter for adapter in adapters if adapter in module.modules_to_save]
+            if len(owners) > 1:
+                raise ConfigError(  # PEFT's own words
+                    "Cannot add weighted adapters if they target the same module with modules_to_save, but found 1 "
+                    f"such instance(s). {name} belongs to {owners}."
+                )
+            result += [(module, owner) for owner in owners]
+        return result
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -204,7 +255,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: SliceFineConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -227,7 +278,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SliceFineConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Insert the adapter's name and check that the file fits the model before anything is changed.
 
@@ -257,10 +308,31 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         return renamed
 
 
-def _sliced_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SliceFineLinear]]:
+def _sliced_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, SliceFineLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, SliceFineLinear) and adapter_name in module.states:
+        if isinstance(module, SliceFineLinear) and (adapter_name is None or adapter_name in module.states):
             yield name, module
+
+
+def _all_targets(configs: list[SliceFineConfig]) -> set[str] | str:
+    """Target modules that select every layer of several configurations."""
+    targets: list[Any] = [c.target_modules for c in configs]
+    if all(isinstance(target, set) for target in targets):
+        return set().union(*targets)
+    if not all(isinstance(target, str) for target in targets):
+        raise ConfigError("add_weighted_adapter: some adapters name their target_modules in a list, others in a str.")
+    distinct: list[str] = list(dict.fromkeys(targets))
+    return distinct[0] if len(distinct) == 1 else "|".join(f"({target})" for target in distinct)
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of every layer, and the wrapper away where it was the only one."""
+    for name, layer in list(_sliced_layers(model)):
+        if adapter_name in layer.states:
+            layer.delete_slice(adapter_name)
+        if not layer.states:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
 
 
 def _check_layer_tensors(name: str, layer: SliceFineLinear, adapter: str, tensors: dict[str, Tensor]) -> None:

@@ -60,11 +60,11 @@ def _count_active_entries() -> None:
         if any(isinstance(layer, SliceLinear) for layer in self.modules()):
             print("added params: 0 (SliceFine trains slices of the base weights in place)")
 
-    PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters
-    PeftModel.print_trainable_parameters = print_trainable_parameters
+    PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]
+    PeftModel.print_trainable_parameters = print_trainable_parameters  # type: ignore[method-assign]
 
 
-def install_trainer_callback(callback: type) -> None:
+def install_trainer_callback(callback: Any) -> None:
     """Add ``callback`` to the defaults of transformers' ``Trainer``, so that it tells a run's length by itself."""
     try:
         import transformers.trainer as trainer

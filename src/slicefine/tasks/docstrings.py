@@ -25,9 +25,9 @@ __all__ = ["LIBRARIES", "MASK", "docstring_splits", "extract", "mask_names"]
 MASK = "[MASK]"
 PER_LIBRARY = 400
 _SPLIT = {"train": 300, "validation": 50, "test": 50}
-_SHORTEST, _LONGEST = 50, 300  # characters: shorter texts say nothing, longer ones are cut
-_LARGE = 64_000  # bytes: larger files take long to parse
-_PER_FILE = 12  # texts per file at most, so that no file stands for its library
+_SHORTEST, _LONGEST = 50, 200  # characters: shorter texts say nothing, longer ones are cut
+_LARGE = 40_000  # bytes: larger files take long to parse
+_PER_FILE = 20  # texts per file at most, so that no file stands for its library
 
 # label -> further names by which texts call the library; a word that contains the label itself is masked anyway
 LIBRARIES = {
@@ -51,6 +51,7 @@ _SECTION = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 _WORD = re.compile(r"[A-Za-z_][\w]*(?:[.\-][A-Za-z_]\w*)*")
+_PIECE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # what snake_case and CamelCase are made of
 _LABEL = re.compile("|".join(LIBRARIES), re.IGNORECASE)
 _SHORT = frozenset(alias for aliases in LIBRARIES.values() for alias in aliases)
 _MASKS = re.compile(rf"{re.escape(MASK)}(?:[\w.\-/]*{re.escape(MASK)})+")
@@ -132,9 +133,10 @@ def mask_names(text: str, module: list[str]) -> str:
 
     def mask(match: re.Match[str]) -> str:
         word = match.group()
+        if _LABEL.search(word) or not _SHORT.isdisjoint(piece.lower() for piece in _PIECE.findall(word)):
+            return MASK
         parts = [part.strip("_") for part in re.split(r"[.\-]", word.lower())]
-        named = _LABEL.search(word) is not None or not _SHORT.isdisjoint(parts)
-        return MASK if named or not own.isdisjoint(parts) else word
+        return word if own.isdisjoint(parts) else MASK
 
     return _MASKS.sub(MASK, _WORD.sub(mask, text))
 

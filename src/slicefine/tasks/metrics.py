@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,9 @@ def _correlation(function: Any, outputs: Array, labels: Array) -> float:
     outputs, labels = outputs.reshape(-1), labels.reshape(-1)
     if len(outputs) < 2 or np.ptp(outputs) == 0 or np.ptp(labels) == 0:
         return 0.0
-    return float(function(outputs, labels)[0])
+    with warnings.catch_warnings():  # a model that predicts nearly one value has a poor figure, and that is all
+        warnings.simplefilter("ignore")
+        return float(function(outputs, labels)[0])
 
 
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "f1_macro": f1_macro, "matthews": matthews}

@@ -63,8 +63,8 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
             f"model.path={settings.path!r} cannot be loaded as {auto.__name__}: {error} Check the name, the network, "
             "and that the model fits the task."
         ) from error
-    if settings.path == "minilm":  # the adapter should name its base as other machines know it
-        model.name_or_path = model.config._name_or_path = HUB_ID
+    if settings.path == "minilm":  # the adapter's card should name its base as other machines know it
+        model.config._name_or_path = HUB_ID
     changed = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
     return Loaded(model, None, _new_modules(model, [*info["missing_keys"], *changed]))
 

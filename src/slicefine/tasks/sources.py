@@ -33,7 +33,7 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
     for name, dataset in splits.items():
         if len(dataset) == 0:
             raise DataError(
-                f"data.path={settings.path!r}: the {name} set is empty (0 rows); give a file with rows in it."
+                f"data.path={settings.path!r}: the data set is empty (0 rows in {name}); give a file with rows in it."
             )
     return _limit(_hold_out(splits, settings), settings)
 
@@ -109,6 +109,8 @@ def _read(file: Path) -> Any:
     try:
         return load_dataset(loader, data_files=str(file), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError, KeyError) as error:
+        if "no data" in str(error):  # the datasets library makes no split of a file with a header only
+            raise DataError(f"{file}: the data set is empty (0 rows); give a file with rows in it.") from error
         cause = error.__cause__ or error
         raise DataError(f"{file}: cannot be read as {loader}: {cause}") from error
 

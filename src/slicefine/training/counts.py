@@ -26,11 +26,12 @@ def touched_entries(slices: Sequence[Slice], shape: tuple[int, int]) -> int:
 
 
 def model_touched(model: Any) -> int:
-    """Distinct entries of all layers that SliceFine trained so far, from the journals."""
+    """Distinct entries of all layers that at least one optimizer step trained, from the journals."""
     from ..mover import movers_of
 
-    return sum(
-        touched_entries(layer.states[mover.name].journal.slices(), layer.shape)
-        for mover in movers_of(model)
-        for layer in mover.layers.values()
-    )
+    total = 0
+    for mover in movers_of(model):
+        for layer in mover.layers.values():
+            visits = layer.states[mover.name].journal.visits
+            total += touched_entries([v.slice for v in visits if v.last_step >= v.first_step], layer.shape)
+    return total

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class RunFolder:
         checkpoint: the checkpoint to resume from, or None.
     """
 
-    def __init__(self, path: Path, checkpoint: Path | None, created: bool) -> None:
+    def __init__(self, path: Path, checkpoint: Path | None, created: list[Path]) -> None:
         self.path, self.checkpoint, self._created = path, checkpoint, created
 
     @property
@@ -46,6 +46,9 @@ class RunFolder:
                     shutil.rmtree(folder, ignore_errors=True)
             if self._created and not any(self.checkpoints.glob("checkpoint-*")):
                 shutil.rmtree(self.path, ignore_errors=True)
+                for parent in self._created:
+                    with suppress(OSError):  # gone already, or somebody else put something in
+                        parent.rmdir()
             raise
 
 
@@ -62,7 +65,7 @@ def open_folder(settings: TrainSettings) -> RunFolder:
             f"output={str(path)!r} holds the results of an earlier run. Choose another folder, go on with resume=true, "
             "or replace them with overwrite=true."
         )
-    created = not path.exists()
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -55,7 +55,7 @@ def print_plan(session: Session, plan: Plan, console: Console) -> None:
     if plan.layers:
         table = Table(title=f"{settings.method.name}: what is trained first")
         for column in ("layers", "number", "shape", "first slice", "entries each"):
-            table.add_column(column, justify="left" if column in ("layers", "first slice") else "right")
+            table.add_column(column, justify="left" if column in ("layers", "first slice") else "right", overflow="fold")
         for layer in plan.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             table.add_row(layer.name, str(layer.count), shape, layer.first, f"{layer.entries:,}")

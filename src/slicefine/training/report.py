@@ -92,7 +92,7 @@ def print_report(session: Session, report: dict[str, Any], console: Console) -> 
         if report.get(key) is not None:
             table.add_row(text, "yes, bit for bit" if report[key] else "[bold red]NO[/bold red]")
     console.print(table)
-    console.print(f"written to {report['output']}", highlight=False)
+    console.print(f"written to {report['output']}", highlight=False, soft_wrap=True)
 
 
 def _moves(moves: list[int]) -> str:

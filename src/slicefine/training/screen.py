@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,19 @@ from transformers import TrainerCallback
 
 from ..mover import movers_of
 
-__all__ = ["Screen"]
+__all__ = ["Screen", "quiet_libraries"]
+
+
+def quiet_libraries() -> None:
+    """For the command line: no progress bars, notes and deprecations of the libraries between our own lines."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for module in ("transformers", "peft", "torch.utils.data"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 class Screen(TrainerCallback):  # type: ignore[misc]
@@ -60,9 +73,10 @@ class Screen(TrainerCallback):  # type: ignore[misc]
             return
         train = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
         self.console.print(
-            f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  train loss {float(train):.4f}  "
-            f"validation loss {loss:.4f}  {self.metric} {value:.4f}",
+            f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.1f}  loss {float(train):.3f}  "
+            f"validation {loss:.3f}  {self.metric} {value:.4f}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -118,14 +119,16 @@ def main_metric(task: Task, settings: TrainSettings) -> tuple[str, bool]:
 def _arguments(session: Session, folder: str) -> TrainingArguments:
     settings, training = session.settings, session.settings.training
     every = training.evaluate if "validation" in session.prepared.splits else "no"
-    name, more = main_metric(session.task, settings)
+    metric, more = main_metric(session.task, settings)
     optional = dict(session.prepared.trainer_args)
     if training.group_by_length and optional.get("remove_unused_columns", True):
         optional["train_sampling_strategy"] = "group_by_length"
     if every == "steps":
         optional |= {"eval_steps": training.evaluate_steps, "save_steps": training.evaluate_steps}
-    if training.gradient_checkpointing:
-        optional["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if training.gradient_checkpointing:  # transformers renames it during version 5
+        names = {field.name for field in fields(TrainingArguments)}
+        name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+        optional |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     try:
         return TrainingArguments(
             output_dir=folder,
@@ -140,19 +143,20 @@ def _arguments(session: Session, folder: str) -> TrainingArguments:
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             gradient_accumulation_steps=training.gradient_accumulation,
-            gradient_checkpointing=training.gradient_checkpointing,
             bf16=training.bf16,
+            use_cpu=not torch.accelerator.is_available(),
             seed=training.seed,
             eval_strategy=every,
             save_strategy=training.evaluate if every == "no" else every,
             save_total_limit=training.save_limit,
             load_best_model_at_end=training.load_best and every != "no",
-            metric_for_best_model=f"eval_{name}",
+            metric_for_best_model=f"eval_{metric}",
             greater_is_better=more,
             logging_steps=training.logging_steps,
             logging_nan_inf_filter=False,
             report_to=training.report_to or "none",
             label_names=["labels"],
+            dataloader_pin_memory=torch.accelerator.is_available(),
             dataloader_num_workers=training.workers,
             disable_tqdm=True,
             **optional,

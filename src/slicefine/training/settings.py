@@ -83,8 +83,11 @@ class SliceSettings:
 
     def __post_init__(self) -> None:
         row, column = self.r if self.r_row is None else self.r_row, self.r if self.r_column is None else self.r_column
-        Schedule(self.mode, row, column, self.positions, self.mask_fraction)
-        MoveSettings(self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps)
+        try:
+            Schedule(self.mode, row, column, self.positions, self.mask_fraction)
+            MoveSettings(self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps)
+        except ConfigError as error:
+            raise ConfigError(f"slice: {error}") from error
 
 
 @dataclass

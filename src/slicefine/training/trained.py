@@ -35,7 +35,12 @@ class Trained:
 def save_trained(session: Session, folder: Path) -> None:
     """Write model or adapter, processor, and the run file into an existing folder."""
     settings = session.settings
-    session.model.save_pretrained(folder)
+    if is_adapter(settings):
+        for config in session.model.peft_config.values():
+            config.base_model_name_or_path = session.loaded.model.config._name_or_path
+        session.model.save_pretrained(folder, save_embedding_layers=False)  # embeddings are never trained
+    else:
+        session.model.save_pretrained(folder)
     session.loaded.processor.save_pretrained(folder)
     content = {
         "version": FORMAT_VERSION,

@@ -1,0 +1,150 @@
+"""What an adapter file holds: read from its own tensors, the base is not needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+
+from ..errors import AdapterFileError
+from ..geometry import touched
+from ..journal import Visit, read_table
+
+__all__ = ["Contents", "LayerContents", "print_contents", "read_contents"]
+
+_MARK = ".slicefine_"
+
+
+@dataclass(frozen=True)
+class LayerContents:
+    """One layer's part of a file.
+
+    Attributes:
+        name: the layer.
+        visits: where its slice was, and when.
+        rows, columns: how many distinct ones were trained.
+        values: numbers stored.
+    """
+
+    name: str
+    visits: list[Visit]
+    rows: int
+    columns: int
+    values: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter folder.
+
+    Attributes:
+        folder: where it is.
+        config: its ``adapter_config.json``.
+        layers: SliceFine layers, in the order of the file.
+        others: other tensors, such as a head: name and number of values.
+        file_bytes: size of the weight file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    layers: list[LayerContents]
+    others: dict[str, int]
+    file_bytes: int
+
+
+def read_contents(folder: str | Path) -> Contents:
+    """Read an adapter folder.
+
+    Raises:
+        AdapterFileError: if a file is missing or corrupt.
+
+    Example:
+        >>> read_contents("runs/demo/adapter").layers[0].visits  # doctest: +SKIP
+        [Visit(slice=Slice(axis='row', start=0, width=5), first_step=1, last_step=53), ...]
+    """
+    path = Path(folder)
+    if not (path / "adapter_config.json").is_file() and (path / "adapter" / "adapter_config.json").is_file():
+        path = path / "adapter"  # the output folder was given instead of its adapter/
+    config = _read_config(path / "adapter_config.json")
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise AdapterFileError(f"{weights} is missing; copy the whole adapter folder, or train again.")
+    layers: dict[str, dict[str, Any]] = {}
+    others: dict[str, int] = {}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            for key in sorted(file.keys()):
+                name, mark, kind = key.rpartition(_MARK)
+                count = _count(file.get_slice(key).get_shape())
+                if not mark:
+                    others[key] = count
+                    continue
+                layer = layers.setdefault(name.removeprefix("base_model.model."), {"values": 0})
+                if kind == "journal":
+                    layer["visits"] = read_table(file.get_tensor(key))
+                else:
+                    layer["values"] += count
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{weights}: cannot be read as a safetensors file ({error}); it is corrupt.") from error
+    return Contents(path, config, [_layer(weights, n, p) for n, p in layers.items()], others, weights.stat().st_size)
+
+
+def print_contents(contents: Contents, console: Console | None = None) -> None:
+    """Print an adapter's layers and totals."""
+    console = console or Console()
+    if contents.layers:
+        table = Table(title=str(contents.folder))
+        for column in ("layer", "visits", "steps", "rows", "columns", "values"):
+            table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
+        for layer in contents.layers:
+            steps = str(layer.visits[-1].last_step)
+            numbers = (len(layer.visits), steps, layer.rows, layer.columns, f"{layer.values:,}")
+            table.add_row(layer.name, *(str(number) for number in numbers))
+        console.print(table)
+    facts = Table(show_header=False)
+    config = contents.config
+    facts.add_row("method", str(config.get("peft_type")))
+    facts.add_row("base", str(config.get("base_model_name_or_path")))
+    for key in ("mode", "r", "moves", "interval"):
+        if config.get(key) is not None:
+            facts.add_row(key, str(config[key]))
+    facts.add_row("layers", str(len(contents.layers)))
+    if contents.layers:
+        steps = ", ".join(f"{v.first_step}-{v.last_step}" for v in contents.layers[0].visits)
+        facts.add_row("steps per visit", steps)
+    facts.add_row("values in slices", f"{sum(layer.values for layer in contents.layers):,}")
+    facts.add_row("other values (head)", f"{sum(contents.others.values()):,} in {len(contents.others)} tensors")
+    facts.add_row("file size", f"{contents.file_bytes / 2**20:,.2f} MiB")
+    console.print(facts)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise AdapterFileError(f"{path} is missing; give the folder of an adapter in PEFT's layout.")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: not readable as JSON ({error}); the file is corrupt.") from error
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{path}: expected a JSON object, got {type(config).__name__}; the file is corrupt.")
+    return config
+
+
+def _layer(path: Path, name: str, part: dict[str, Any]) -> LayerContents:
+    if "visits" not in part:
+        raise AdapterFileError(f"{path}: layer {name} has values but no journal; the file is incomplete.")
+    slices = [visit.slice for visit in part["visits"]]
+    rows, columns = len(touched(slices, "row")), len(touched(slices, "column"))
+    return LayerContents(name, part["visits"], rows, columns, part["values"])
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

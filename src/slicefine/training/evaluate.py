@@ -1,0 +1,138 @@
+"""`evaluate` and `merge`: what is done with the results of a run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, TrainingArguments
+
+from ..errors import ConfigError, DataError
+from ..tasks.settings import DataSettings
+from ..tasks.sources import load_splits
+from .folders import atomic_folder
+from .report import environment, write_json
+from .trained import load_trained, read_run
+
+__all__ = ["evaluate", "merge"]
+
+_SPLITS = ("train", "validation", "test")
+
+
+def evaluate(
+    adapter: str,
+    *,
+    split: str = "validation",
+    path: str | None = None,
+    name: str | None = None,
+    file: str | None = None,
+    limit: int | None = None,
+    model: str | None = None,
+    batch_size: int = 32,
+    output: str | None = None,
+    console: Console | None = None,
+) -> dict[str, float]:
+    """All metrics of a trained adapter on one split.
+
+    Args:
+        adapter: the folder that `train` wrote.
+        split: train, validation or test.
+        path, name, file, limit: the data, where it differs from the training run's.
+        model: the base, if it is elsewhere than in training.
+        batch_size: rows per batch.
+        output: file for the metrics.
+        console: where to print.
+
+    Raises:
+        AdapterFileError: if the adapter is missing or corrupt.
+        DataError: if the data has no such split, or cannot be used.
+
+    Example:
+        >>> evaluate("runs/demo/adapter", split="test")["accuracy"]  # doctest: +SKIP
+        0.72
+    """
+    if split not in _SPLITS:
+        raise ConfigError(f"data.split={split!r} is unknown; expected one of {', '.join(_SPLITS)}.")
+    trained = load_trained(Path(adapter), model)
+    data = _data(trained.data, split, path, name, file, limit)
+    splits = load_splits(data)
+    if split not in splits:
+        raise DataError(f"data.path={data.path!r} has the sets {', '.join(splits)}, but no {split} set.")
+    chosen = {split: splits[split]}
+    trained.task.read(chosen)
+    prepared = trained.task.prepare(chosen, trained.loaded)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=trained.model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                per_device_eval_batch_size=batch_size,
+                report_to="none",
+                label_names=["labels"],
+                disable_tqdm=True,
+                use_cpu=not torch.accelerator.is_available(),
+                dataloader_pin_memory=torch.accelerator.is_available(),
+                **prepared.trainer_args,
+            ),
+            data_collator=prepared.collator,
+            compute_metrics=lambda result: trained.task.compute(result.predictions, result.label_ids),
+            preprocess_logits_for_metrics=prepared.preprocess_logits,
+        )
+        found = trainer.predict(prepared.splits[split], metric_key_prefix="x").metrics
+    metrics = {key: float(found[f"x_{key}"]) for key in [*trained.task.metrics, "loss"] if f"x_{key}" in found}
+    _print(metrics, f"{split} set of {data.path}, {len(chosen[split]):,} rows", console or Console())
+    if output is not None:
+        write_json(Path(output), {"adapter": adapter, "split": split, "metrics": metrics, **environment()})
+    return metrics
+
+
+def merge(adapter: str, output: str, model: str | None = None, overwrite: bool = False) -> Path:
+    """Write a plain Hugging Face checkpoint: the base with the adapter's values in its weights, and the tokenizer.
+
+    Args:
+        adapter: the folder that `train` wrote.
+        output: folder of the checkpoint.
+        model: the base, if it is elsewhere than in training.
+        overwrite: replace what is in that folder.
+
+    Raises:
+        AdapterFileError: if the adapter is missing or corrupt.
+        ConfigError: if the output folder is not empty or cannot be written.
+    """
+    target = Path(output).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise ConfigError(f"output={output!r} exists and is not empty. Choose another folder, or give overwrite=true.")
+    run = read_run(Path(adapter))
+    trained = load_trained(Path(adapter), model)
+    whole = trained.model.merge_and_unload() if run["adapter"] else trained.model
+    try:
+        with atomic_folder(target) as aside:
+            whole.save_pretrained(aside)
+            trained.loaded.processor.save_pretrained(aside)
+    except OSError as error:
+        raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a folder that can be.") from error
+    return target
+
+
+def _data(
+    data: DataSettings, split: str, path: str | None, name: str | None, file: str | None, limit: int | None
+) -> DataSettings:
+    if path is not None and path != data.path:
+        data = replace(data, path=path, name=name, revision=None, train=None, validation=None, test=None)
+        if Path(path).is_file():  # one file: it is the split
+            shown = str(Path(path).resolve())
+            return replace(data, path=str(Path(shown).parent), **{split: Path(shown).name, f"limit_{split}": limit})
+    if file is not None:
+        data = replace(data, **{split: file})
+    return replace(data, **{f"limit_{split}": limit})
+
+
+def _print(metrics: dict[str, float], title: str, console: Console) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)

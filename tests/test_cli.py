@@ -1,0 +1,136 @@
+"""The command line: verbs, flags, recipes, messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cli_helpers import ROOT, SHARED, save_bert, save_reviews
+from slicefine.cli import main
+from slicefine.cli.main import normalise
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by PEFT
+    pytest.mark.filterwarnings("ignore:Could not find a config file in .*:UserWarning"),  # PEFT, base without one
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    return save_bert(folder / "bert"), save_reviews(folder / "reviews")
+
+
+def write_recipe(path: Path, model: str, data: str, output: Path) -> Path:
+    content = {
+        "model": {"path": model},
+        "data": {"path": data},
+        "slice": {"r": 2, "minimum_steps": 4},
+        "training": {"epochs": 1, "batch_size": 8},
+        "output": str(output),
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_print_config_shows_every_setting(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--slice.r", "7", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert set(shown) >= {"model", "data", "task", "method", "slice", "training", "output", "resume", "dry_run", "quiet"}
+    assert shown["slice"]["r"] == 7
+    assert shown["model"]["path"] == "minilm"
+
+
+def test_help_explains_settings(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "rows or columns that are trained at a time" in " ".join(capsys.readouterr().out.split())
+
+
+def test_flags_stand_alone_and_may_have_dashes():
+    assert normalise(["train", "--dry-run", "--data.limit-train=5"]) == ["train", "--dry_run=true", "--data.limit_train=5"]
+    assert normalise(["train", "--resume", "runs/x"]) == ["train", "--resume", "runs/x"]
+    assert normalise(["train", "--resume"]) == ["train", "--resume=true"]
+
+
+def test_all_verbs_in_a_row(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "run"
+    written = write_recipe(tmp_path / "recipe.yaml", *files, run)
+    assert main(["train", "--config", str(written), "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    assert "optimizer steps" in plan
+    assert "1, after steps 4" in plan
+    assert not run.exists()
+    assert main(["train", "--config", str(written), "--slice.r", "3"]) == 0
+    table = capsys.readouterr().out
+    for line in ("accuracy (validation)", "trainable entries", "values changed", "added parameters", "moves made", "file size"):
+        assert line in table
+    assert "yes, bit for bit" in table
+    assert main(["eval", "--adapter", str(run / "adapter"), "--data.split", "validation"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main(["info", str(run / "adapter")]) == 0
+    assert "steps per visit" in capsys.readouterr().out
+    assert main(["merge", "--adapter", str(run / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--slice.mode", "diagonal"], "slice: mode='diagonal' is unknown; expected one of row, column"),
+        (["--slice.r", "0"], "row rank r=0 must be an integer of at least 1"),
+        (["--method.name", "ia3"], "method.name='ia3' is unknown"),
+        (["--task.name", "poetry"], "task.name='poetry' is unknown; expected one of causal-lm"),
+        (["--task.metric", "bleu"], "task.metric='bleu' is unknown for text-classification; expected one of accuracy"),
+        (["--data.path", "./nowhere"], "data.path='./nowhere': no such file or folder"),
+        (["--resume", "./nowhere"], "resume: 'nowhere' is no folder"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_1(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("slicefine: error: ")
+    assert "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--slice.r", "x"], ["--nonsense", "1"], ["--config", "nowhere.yaml"]])
+def test_flags_that_do_not_parse_end_in_status_2(words: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *words])
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) < 12  # the message, not a page of options
+
+
+def test_the_verbs_that_read_adapters_refuse_other_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for words in (["eval", "--adapter"], ["info"], ["merge", "--output", str(tmp_path / "m"), "--adapter"]):
+        assert main([*words, str(tmp_path / "nowhere")]) == 1
+        assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_parses(file: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(file), "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(file.read_text())
+    assert shown["training"]["epochs"] == given["training"].get("epochs", shown["training"]["epochs"])
+
+
+@pytest.mark.parametrize("name", ["mrpc", "cola", "gsm8k"])
+def test_recipes_plan_their_real_data(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    if not SHARED.is_dir():
+        pytest.skip("the folder shared/ with the real data sets is not beside the repository")
+    monkeypatch.chdir(ROOT)
+    words = ["--data.limit_train", "200", "--data.limit_validation", "20", "--data.limit_test", "20"]
+    assert main(["train", "--config", f"recipes/{name}.yaml", "--dry_run", *words]) == 0
+    assert "optimizer steps" in capsys.readouterr().out
