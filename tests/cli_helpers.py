@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pictures
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -22,8 +22,8 @@ from transformers import (
 
 from slicefine.training.settings import TrainSettings
 
-GOOD, BAD = "good fine great nice".split(), "bad poor awful weak".split()
-WORDS = [*GOOD, *BAD, *"the film was very one two three plus is".split()]
+GOOD, BAD = ["good", "fine", "great", "nice"], ["bad", "poor", "awful", "weak"]
+WORDS = [*GOOD, *BAD, *["the", "film", "was", "very", "one", "two", "three", "plus", "is"]]
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
@@ -50,6 +50,9 @@ def save_bert(folder: Path) -> str:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,
+        initializer_range=0.2,  # random features that a head can use
+        hidden_dropout_prob=0.02,
+        attention_probs_dropout_prob=0.0,
     )
     BertModel(config).save_pretrained(folder)
     save_tokenizer(folder, pair=True)

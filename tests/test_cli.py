@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,18 @@ def test_print_config_shows_every_setting(capsys: pytest.CaptureFixture[str]):
         main(["train", "--slice.r", "7", "--print_config"])
     assert stop.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
-    assert set(shown) >= {"model", "data", "task", "method", "slice", "training", "output", "resume", "dry_run", "quiet"}
+    assert set(shown) >= {
+        "model",
+        "data",
+        "task",
+        "method",
+        "slice",
+        "training",
+        "output",
+        "resume",
+        "dry_run",
+        "quiet",
+    }
     assert shown["slice"]["r"] == 7
     assert shown["model"]["path"] == "minilm"
 
@@ -52,7 +64,11 @@ def test_help_explains_settings(capsys: pytest.CaptureFixture[str]):
 
 
 def test_flags_stand_alone_and_may_have_dashes():
-    assert normalise(["train", "--dry-run", "--data.limit-train=5"]) == ["train", "--dry_run=true", "--data.limit_train=5"]
+    assert normalise(["train", "--dry-run", "--data.limit-train=5"]) == [
+        "train",
+        "--dry_run=true",
+        "--data.limit_train=5",
+    ]
     assert normalise(["train", "--resume", "runs/x"]) == ["train", "--resume", "runs/x"]
     assert normalise(["train", "--resume"]) == ["train", "--resume=true"]
 
@@ -67,7 +83,14 @@ def test_all_verbs_in_a_row(files: tuple[str, str], tmp_path: Path, capsys: pyte
     assert not run.exists()
     assert main(["train", "--config", str(written), "--slice.r", "3"]) == 0
     table = capsys.readouterr().out
-    for line in ("accuracy (validation)", "trainable entries", "values changed", "added parameters", "moves made", "file size"):
+    for line in (
+        "accuracy (validation)",
+        "trainable entries",
+        "values changed",
+        "added parameters",
+        "moves made",
+        "file size",
+    ):
         assert line in table
     assert "yes, bit for bit" in table
     assert main(["eval", "--adapter", str(run / "adapter"), "--data.split", "validation"]) == 0
@@ -114,6 +137,12 @@ def test_the_verbs_that_read_adapters_refuse_other_folders(tmp_path: Path, capsy
     for words in (["eval", "--adapter"], ["info"], ["merge", "--output", str(tmp_path / "m"), "--adapter"]):
         assert main([*words, str(tmp_path / "nowhere")]) == 1
         assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["train"]) == 2
+    assert 'pip install "slicefine[train]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)

@@ -305,6 +305,21 @@ def test_updates_below_bfloat16_resolution_accumulate_in_the_fp32_master():
     assert torch.equal(model[0].dense(), expected.bfloat16())
 
 
+def test_a_rewarmed_update_keeps_its_precision_over_bfloat16():
+    model = nn.Sequential(nn.Linear(4, 2, bias=False)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    tuner = attach(model, mode="row", r=1, interval=1000, policy="rewarm", rewarm_steps=100)
+    tuner.move()
+    (parameter,) = tuner.parameters()
+    optimizer = torch.optim.SGD([parameter], lr=1e-4)
+    for _ in range(50):
+        optimizer.zero_grad()
+        model(torch.ones(1, 4, dtype=torch.bfloat16))[:, 1].sum().backward()
+        optimizer.step()
+    assert_close(parameter.detach(), torch.full((1, 4), 1 - 1e-4 * sum(range(1, 51)) / 100))
+
+
 # -- writes that bypass the optimizer ---------------------------------------------------------------------------------
 
 
@@ -318,15 +333,26 @@ def test_parameter_written_elsewhere_reaches_the_weight(name, active):
         layer.apply_only([name])
     with torch.no_grad():
         layer.slicefine_active[name].copy_(torch.full_like(layer.slicefine_active[name], 9.0))
-    if not active:
-        layer.apply_only([name])
-    layer(torch.randn(2, IN))
     block = layer.states[name].journal.active
+    if active:
+        layer(torch.randn(2, IN))
+    else:  # nobody has to run the model first: merging and unloading do not
+        layer.apply_only([name])
     assert bool((lines_of(layer.dense(), block) == 9.0).all())
     layer.apply_only([])
     assert torch.equal(layer.dense(), base)
     layer.apply_only([name])
     assert bool((lines_of(layer.dense(), block) == 9.0).all())
+
+
+def test_a_move_commits_what_was_written_elsewhere():
+    layer = make_layer()
+    layer.apply_only(["a"])
+    with torch.no_grad():
+        layer.slicefine_active["a"].fill_(3.0)
+    layer.move("a", Slice("row", 4, 2))
+    assert bool((layer.dense()[:2] == 3.0).all())
+    assert torch.equal(layer.block("a"), layer.dense()[4:6])
 
 
 def test_a_replaced_parameter_object_reaches_the_weight():
@@ -343,7 +369,8 @@ def test_the_rewarm_memory_follows_a_loaded_parameter_with_padding():
     optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
     for x, y in batches(4, dtype=torch.float32):
         step(model, optimizer, x, y)
-    layer = tuner.layers["0"]
+    layer = tuner.layers["2"]
+    assert layer.block("default").shape != layer.slicefine_active["default"].shape
     with torch.no_grad():
         layer.slicefine_active["default"].fill_(1.0)
     x, y = batches(1, dtype=torch.float32)[0]

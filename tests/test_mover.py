@@ -229,9 +229,10 @@ def test_reset_equals_a_fresh_state(name):
         assert_close(torch.as_tensor(value), torch.as_tensor(kept[key])) if value is not None else None
 
 
-def test_reset_keeps_the_storage_that_a_captured_graph_would_use():
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])  # older torch builds Adagrad's state once
+def test_reset_keeps_the_storage_that_a_captured_graph_would_use(kind):
     parameter = nn.Parameter(torch.ones(2, 2))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    optimizer = kind([parameter], lr=0.1)
     parameter.grad = torch.ones(2, 2)
     optimizer.step()
     before = {k: v.data_ptr() for k, v in optimizer.state[parameter].items()}
@@ -318,6 +319,15 @@ def test_an_optimizer_of_something_else_is_left_alone():
     assert tuner.mover.step == 5
 
 
+def test_an_idle_model_with_a_gradient_does_not_stop_the_training_of_another():
+    model, tuner = make()
+    x, y = batches(1)[0]
+    (model(x) - y).square().mean().backward()  # an analysis, say; nobody ever steps this model
+    other = mlp()
+    train(other, torch.optim.SGD(other.parameters(), lr=0.1), 10)
+    assert tuner.mover.step == 0
+
+
 def test_stepping_inside_backward_is_refused():
     model, tuner = make()
     optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in tuner.parameters()}
@@ -364,7 +374,8 @@ def test_gradients_of_an_old_slice_never_reach_a_new_one():
 
 def test_a_new_optimizer_takes_over():
     model, tuner = make(interval=3)
-    train(model, torch.optim.AdamW(tuner.parameters(), lr=0.01), 4)
+    first = torch.optim.AdamW(tuner.parameters(), lr=0.01)  # still there, but it does not step any more
+    train(model, first, 4)
     second = sgd(tuner)
     train(model, second, 5)
     assert tuner.mover.step == 9

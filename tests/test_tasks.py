@@ -56,7 +56,9 @@ def test_an_unknown_task_names_the_known_ones():
 
 
 def test_an_unknown_metric_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"task.metric='bleu' is unknown for text-regression; expected one of pearson"):
+    with pytest.raises(
+        ConfigError, match=r"task.metric='bleu' is unknown for text-regression; expected one of pearson"
+    ):
         make("text-regression", metric="bleu")
 
 
@@ -122,7 +124,9 @@ def test_a_local_model_path_must_exist():
 
 
 def test_a_missing_column_names_split_setting_and_columns():
-    with pytest.raises(DataError, match=r"train set: column 'text' \(data.columns.text\) is missing; the columns are a, b"):
+    with pytest.raises(
+        DataError, match=r"train set: column 'text' \(data.columns.text\) is missing; the columns are a, b"
+    ):
         make("text-classification").read(splits_of([{"a": "x", "b": 1}]))
 
 
@@ -130,12 +134,17 @@ def test_a_missing_column_names_split_setting_and_columns():
 def test_a_label_out_of_range_names_its_row(label: int):
     rows = [review(i) for i in range(6)]
     rows[4]["label"] = label
-    with pytest.raises(DataError, match=rf"train set, row 4: label {label} in column 'label' is out of range; expected 0 to 1"):
+    with pytest.raises(
+        DataError, match=rf"train set, row 4: label {label} in column 'label' is out of range; expected 0 to 1"
+    ):
         make("text-classification", labels=["no", "yes"]).read(splits_of(rows))
 
 
 def test_a_label_that_only_the_validation_set_has_is_refused():
-    splits = {**splits_of([review(i) for i in range(6)]), "validation": Dataset.from_list([{"text": "the", "label": 2}])}
+    splits = {
+        **splits_of([review(i) for i in range(6)]),
+        "validation": Dataset.from_list([{"text": "the", "label": 2}]),
+    }
     with pytest.raises(DataError, match=r"validation set, row 0: label 2 .* out of range; expected 0 to 1"):
         make("text-classification").read(splits)
 
@@ -189,7 +198,14 @@ def test_pairs_are_encoded_as_pairs(bert: str):
     loaded = task.load()
     prepared = task.prepare(splits, loaded)
     row = prepared.splits["train"][0]
-    assert loaded.processor.convert_ids_to_tokens(row["input_ids"]) == ["[CLS]", "the", "film", "[SEP]", "good", "[SEP]"]
+    assert loaded.processor.convert_ids_to_tokens(row["input_ids"]) == [
+        "[CLS]",
+        "the",
+        "film",
+        "[SEP]",
+        "good",
+        "[SEP]",
+    ]
     assert loaded.new_modules == ["classifier"]
     assert prepared.collator([prepared.splits["train"][i] for i in range(4)])["labels"].tolist() == [0, 1, 0, 1]
 
@@ -247,7 +263,9 @@ def test_perplexity_counts_each_token_once(llama: str):
 
 def test_a_template_that_does_not_fit_names_the_columns(llama: str):
     task = make("causal-lm", llama, Columns(answer="answer"), template="{question}")
-    with pytest.raises(ConfigError, match=r"does not fit the train set \(KeyError: 'question'\); use its columns in braces"):
+    with pytest.raises(
+        ConfigError, match=r"does not fit the train set \(KeyError: 'question'\); use its columns in braces"
+    ):
         task.read(splits_of([{"prompt": "one", "answer": "two"}]))
 
 
@@ -301,7 +319,9 @@ def test_no_name_of_a_source_is_left_in_the_corpus(texts: dict[str, Any]):
 
 
 def test_module_names_and_dotted_paths_are_masked():
-    masked = corpus.mask_names("See scipy.signal.butter, Signal theory, `np.dot` and filter_design.", ["signal", "_filter_design"])
+    masked = corpus.mask_names(
+        "See scipy.signal.butter, Signal theory, `np.dot` and filter_design.", ["signal", "_filter_design"]
+    )
     assert masked == "See [MASK], [MASK] theory, `[MASK]` and [MASK]."
     assert corpus.mask_names("Hugging Face and scikit-learn", []) == "[MASK] and [MASK]"
 
@@ -318,7 +338,9 @@ def test_sources_are_parsed_and_never_run(tmp_path: Path):
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r'reads the sources of torch, which is not installed; run: pip install "slicefine\[demo\]"'):
+    with pytest.raises(
+        DataError, match=r'reads the sources of torch, which is not installed; run: pip install "slicefine\[demo\]"'
+    ):
         corpus._root("torch")
 
 

@@ -1,5 +1,7 @@
 """SliceFine: fine-tune a pretrained model by training a small moving slice of each weight, in place."""
 
+from typing import Any
+
 from .errors import (
     AdapterFileError,
     ConfigError,
@@ -11,14 +13,41 @@ from .errors import (
     UnsupportedError,
 )
 from .geometry import Slice
-from .mover import Mover, MoveSettings, movers_of
+from .mover import Mover, movers_of, MoveSettings
 from .schedule import Schedule
-from .tuner import SliceTuner, attach
+from .tuner import attach, SliceTuner
 
-try:
+try:  # the core needs torch and safetensors only; with PEFT at hand, importing slicefine registers the method there
     from .peft import SliceFineCallback, SliceFineConfig, SliceFineModel
-except ModuleNotFoundError as error:  # the core needs torch and safetensors only
+except ModuleNotFoundError as error:
     if error.name not in ("peft", "transformers", "accelerate"):
         raise
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterFileError",
+    "attach",
+    "ConfigError",
+    "ContentError",
+    "DataError",
+    "Mover",
+    "movers_of",
+    "MoveSettings",
+    "NumericalError",
+    "OptimizerError",
+    "Schedule",
+    "Slice",
+    "SliceFineCallback",
+    "SliceFineConfig",
+    "SliceFineError",
+    "SliceFineModel",
+    "SliceTuner",
+    "UnsupportedError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("SliceFineCallback", "SliceFineConfig", "SliceFineModel"):
+        raise ImportError(f'slicefine.{name} needs Hugging Face PEFT: pip install "slicefine[peft]".')
+    raise AttributeError(f"module 'slicefine' has no attribute {name!r}")

@@ -106,6 +106,7 @@ class SliceLinear(nn.Module):
         self.base_layer = base_layer
         cast(Tensor, base_layer.weight).requires_grad_(False)
         self.states: dict[str, AdapterState] = {}
+        self._order: list[str] = []  # adapters in the order of their last application
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight on the meta device has values
         self.slicefine_active = nn.ParameterDict()
         for kind in KINDS:
@@ -146,7 +147,7 @@ class SliceLinear(nn.Module):
     @property
     def applied(self) -> list[str]:
         """Adapters whose values the dense weight holds, in the order of application."""
-        return [name for name, state in self.states.items() if state.journal.applied]
+        return [name for name in self._order if name in self.states and self.states[name].journal.applied]
 
     @property
     def content(self) -> int:
@@ -201,8 +202,7 @@ class SliceLinear(nn.Module):
             deltas = {name: self.states[name].journal.deltas(weight) for name in names}
             for name in names:
                 self.states[name].journal.add(weight, deltas[name])
-        for name in names:  # application order is state order, so that reverting in reverse restores every entry
-            self.states[name] = self.states.pop(name)
+        self._order = names  # so that reverting in reverse restores every entry
 
     @contextmanager
     def reverted(self) -> Iterator[Tensor]:

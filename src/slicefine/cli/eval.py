@@ -52,7 +52,8 @@ class EvalSettings:
 
 def parser() -> ArgumentParser:
     """Options of `slicefine eval`."""
-    result = ArgumentParser(usage="slicefine eval --adapter DIR [--data.split SPLIT] [--SETTING VALUE ...]", description="Measure a trained adapter on a split.")
+    usage = "slicefine eval --adapter DIR [--data.split SPLIT] [--SETTING VALUE ...]"
+    result = ArgumentParser(usage=usage, description="Measure a trained adapter on a split.")
     result.add_argument("--config", action="config", help="Settings in YAML; flags after it override it.")
     result.add_class_arguments(EvalSettings)
     return result

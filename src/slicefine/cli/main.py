@@ -19,27 +19,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
     """
     try:
-        from jsonargparse import ArgumentParser
-    except ImportError:
-        print('slicefine: the command line needs more packages; run: pip install "slicefine[train]"', file=sys.stderr)
+        return _run(sys.argv[1:] if argv is None else argv)
+    except SliceFineError as error:
+        print(f"slicefine: error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f'slicefine: {error}; the command line needs it. Run: pip install "slicefine[train]"', file=sys.stderr)
         return 2
-    from . import eval, info, merge, train
-    from .. import __version__
+    except KeyboardInterrupt:
+        print("slicefine: interrupted", file=sys.stderr)
+        return 130
 
-    parser = ArgumentParser(prog="slicefine", description="Fine-tune in place with small moving slices.", version=__version__)
+
+def _run(argv: Sequence[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    from .. import __version__
+    from . import eval, info, merge, train
+
+    about = "Fine-tune in place with small moving slices."
+    parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs = {"train": train, "eval": eval, "merge": merge, "info": info}
     for name, verb in verbs.items():
         commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
-    try:
-        chosen = parser.parse_args(normalise(sys.argv[1:] if argv is None else argv))
-        return verbs[chosen.subcommand].run(chosen[chosen.subcommand])
-    except SliceFineError as error:
-        print(f"slicefine: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("slicefine: interrupted", file=sys.stderr)
-        return 130
+    chosen = parser.parse_args(normalise(argv))
+    status: int = verbs[chosen.subcommand].run(chosen[chosen.subcommand])
+    return status
 
 
 def normalise(argv: Sequence[str]) -> list[str]:

@@ -31,7 +31,8 @@ class MergeSettings:
 
 def parser() -> ArgumentParser:
     """Options of `slicefine merge`."""
-    result = ArgumentParser(usage="slicefine merge --adapter DIR --output DIR [--SETTING VALUE ...]", description="Write base and adapter as one plain Hugging Face checkpoint.")
+    usage = "slicefine merge --adapter DIR --output DIR [--SETTING VALUE ...]"
+    result = ArgumentParser(usage=usage, description="Write base and adapter as one plain Hugging Face checkpoint.")
     result.add_class_arguments(MergeSettings)
     return result
 

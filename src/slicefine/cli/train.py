@@ -14,7 +14,8 @@ __all__ = ["parser", "run"]
 
 def parser() -> ArgumentParser:
     """Options of `slicefine train`."""
-    result = ArgumentParser(usage="slicefine train [--config RECIPE.yaml] [--SETTING VALUE ...]", description="Fine-tune a model. Without arguments: MiniLM on docstrings, offline.")
+    usage = "slicefine train [--config RECIPE.yaml] [--SETTING VALUE ...]"
+    result = ArgumentParser(usage=usage, description="Fine-tune a model; without arguments MiniLM on docstrings.")
     result.add_argument("--config", action="config", help="Recipe in YAML; flags after it override it.")
     result.add_class_arguments(TrainSettings)
     return result

@@ -134,7 +134,7 @@ class SliceFineConfig(PeftConfig):
         super().save_pretrained(str(save_directory), **kwargs)
         card = Path(save_directory, "README.md")
         text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
-        if _CARD not in text:
+        if _CARD.strip() not in text:
             card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:

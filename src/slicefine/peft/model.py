@@ -105,7 +105,6 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        *,
         parameter_name: str | None = None,
     ) -> None:
         if parameter_name is not None:

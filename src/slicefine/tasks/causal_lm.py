@@ -116,19 +116,20 @@ class CausalLM:
             except (KeyError, IndexError, ValueError) as error:
                 raise ConfigError(
                     f"task.template={self.template!r} does not fit the {split} set ({type(error).__name__}: {error}); "
-                    f"use its columns in braces: {', '.join(dataset.column_names)}. Double a brace that is meant literally."
+                    f"use its columns in braces: {', '.join(dataset.column_names)}. "
+                    "Double a brace that is meant literally."
                 ) from error
 
     def _check_prepared(self, prepared: dict[str, Any], length: int) -> None:
         for split, dataset in prepared.items():
             if len(dataset) == 0:
                 raise DataError(
-                    f"{split} set: no sequence is left after tokenising with task.max_length={length}. Prompts that fill "
-                    "the whole length leave no answer: raise task.max_length, or give longer texts."
+                    f"{split} set: no sequence is left after tokenising with task.max_length={length}. Prompts that "
+                    "fill the whole length leave no answer: raise task.max_length, or give longer texts."
                 )
 
     def _answer_encoder(self, tokenizer: Any, length: int) -> Any:
-        answer_column = self.columns.answer
+        answer_column = self.columns.answer or ""
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:

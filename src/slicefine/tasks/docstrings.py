@@ -42,12 +42,42 @@ LIBRARIES = {
     "torch": (),
     "transformers": ("hf", "huggingface"),
 }
-_SKIPPED = {"tests", "test", "testing", "_vendor", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-_COMMON = {"a", "an", "as", "at", "by", "for", "from", "in", "io", "is", "it", "no", "of", "on", "or", "the", "to", "with"}
+_SKIPPED = {
+    "tests",
+    "test",
+    "testing",
+    "_vendor",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
+_COMMON = {
+    "a",
+    "an",
+    "as",
+    "at",
+    "by",
+    "for",
+    "from",
+    "in",
+    "io",
+    "is",
+    "it",
+    "no",
+    "of",
+    "on",
+    "or",
+    "the",
+    "to",
+    "with",
+}
 # what follows the prose: a section of numpy or Google style, a field list, a directive, an example
 _SECTION = re.compile(
     r"^\s*(?:>>>|\.\. |:\w+|@|[-=~^]{3,}|"
-    r"(?:Parameters|Args|Arguments|Returns?|Yields?|Raises|Examples?|Notes?|See Also|Attributes|References|Explanation)\s*:*$)",
+    r"(?:Parameters|Args|Arguments|Returns?|Yields?|Raises|Examples?|Notes?|See Also|Attributes|References|"
+    r"Explanation)\s*:*$)",
     re.MULTILINE | re.IGNORECASE,
 )
 _WORD = re.compile(r"[A-Za-z_][\w]*(?:[.\-][A-Za-z_]\w*)*")

@@ -42,8 +42,8 @@ class ImageClassification:
             feature = dataset.features[self.columns.image]
             if not isinstance(feature, Image):
                 raise DataError(
-                    f"{split} set: column {self.columns.image!r} holds {feature}, not images. Set data.columns.image to a "
-                    "column of images as the datasets library stores them."
+                    f"{split} set: column {self.columns.image!r} holds {feature}, not images. Set "
+                    "data.columns.image to a column of images as the datasets library stores them."
                 )
         self.labels = self.labels or class_names(splits, self.columns.label, None)
         check_labels(splits, self.columns.label, self.labels)
@@ -96,15 +96,15 @@ def image_processor(settings: ModelSettings, config: Any) -> Any:
     folder = resolve_path(settings.path) if settings.config is None and settings.path is not None else None
     if folder is not None and (not Path(folder).is_dir() or (Path(folder) / "preprocessor_config.json").is_file()):
         try:
-            return AutoImageProcessor.from_pretrained(
-                folder, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-            )
+            options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+            return AutoImageProcessor.from_pretrained(folder, **options)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path={settings.path!r}: its image processor cannot be loaded: {error}") from error
     size = getattr(config, "image_size", None)
     if size is None:
         raise ConfigError(
-            f"model.path={settings.path!r} has no preprocessor_config.json, and its configuration no image_size; add one."
+            f"model.path={settings.path!r} has no preprocessor_config.json, and its configuration no image_size; "
+            "add one of them."
         )
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return ViTImageProcessor(size={"height": height, "width": width})

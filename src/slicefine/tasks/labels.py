@@ -51,15 +51,15 @@ def check_labels(splits: dict[str, Any], column: str, names: list[str]) -> None:
 def label_numbers(values: list[Any], names: list[str]) -> list[int | None]:
     """Class numbers of labels; None for a label that is no class."""
     index = {name: i for i, name in enumerate(names)}
-    return [index.get(v) if isinstance(v, str) else (v if 0 <= v < len(names) else None) for v in values]
+    return [index.get(v) if isinstance(v, str) else (int(v) if 0 <= v < len(names) else None) for v in values]
 
 
 def _check_kind(values: list[Any], column: str, split: str) -> None:
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if not isinstance(value, int | str):
             raise DataError(
-                f"{split} set, row {row}: label {value!r} in column {column!r} is a {type(value).__name__}; expected an "
-                "integer or a string. For numbers to be predicted use task.name: text-regression."
+                f"{split} set, row {row}: label {value!r} in column {column!r} is a {type(value).__name__}; expected "
+                "an integer or a string. For numbers to be predicted use task.name: text-regression."
             )
 
 

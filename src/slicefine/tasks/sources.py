@@ -74,12 +74,13 @@ def _local(settings: DataSettings, path: Path) -> dict[str, Any]:
         files = {"train": path, **{k: Path(v) for k, v in _given(settings).items() if k != "train"}}
     else:
         given = _given(settings)
-        files = {split: path / given[split] if split in given else _find(path, split) for split in _NAMES}
-        files = {split: file for split, file in files.items() if file is not None}
+        candidates = {split: path / given[split] if split in given else _find(path, split) for split in _NAMES}
+        files = {split: file for split, file in candidates.items() if file is not None}
     if not files:
         raise DataError(
             f"data.path={settings.path!r}: no train, validation or test file with the ending "
-            f"{', '.join(LOADERS)} (or .gz of it) in the folder. Name the files with data.train, data.validation, data.test."
+            f"{', '.join(LOADERS)} (or .gz of it) in the folder. Name the files with data.train, data.validation, "
+            "data.test."
         )
     return {split: _read(file) for split, file in files.items()}
 

@@ -121,8 +121,8 @@ class TextRegression(_SequenceTask):
             for row, value in enumerate(dataset[self.columns.label]):
                 if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                     raise DataError(
-                        f"{split} set, row {row}: target {value!r} in column {self.columns.label!r} is no finite number. "
-                        "Correct or drop the row; for classes use task.name: text-classification."
+                        f"{split} set, row {row}: target {value!r} in column {self.columns.label!r} is no finite "
+                        "number. Correct or drop the row; for classes use task.name: text-classification."
                     )
 
     def load(self) -> Loaded:
@@ -144,6 +144,6 @@ def check_texts(splits: dict[str, Any], columns: list[str]) -> None:
             for row, value in enumerate(dataset[column]):
                 if not isinstance(value, str):
                     raise DataError(
-                        f"{split} set, row {row}: column {column!r} holds {value!r} ({type(value).__name__}); expected text. "
-                        "Drop the row, or choose another column."
+                        f"{split} set, row {row}: column {column!r} holds {value!r} ({type(value).__name__}); expected "
+                        "text. Drop the row, or choose another column."
                     )

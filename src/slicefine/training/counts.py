@@ -22,7 +22,7 @@ def touched_entries(slices: Sequence[Slice], shape: tuple[int, int]) -> int:
     rows, columns = len(touched(list(slices), "row")), len(touched(list(slices), "column"))
     lines = rows * shape[1] + columns * shape[0] - rows * columns
     draws = [entry_indices(s, shape) for s in slices if s.axis == "entries"]
-    return lines + (int(torch.cat(draws).unique().numel()) if draws else 0)
+    return lines + (int(torch.unique(torch.cat(draws)).numel()) if draws else 0)
 
 
 def model_touched(model: Any) -> int:

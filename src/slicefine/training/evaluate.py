@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,11 +13,13 @@ from rich.table import Table
 from transformers import Trainer, TrainingArguments
 
 from ..errors import ConfigError, DataError
+from ..tasks import Prepared
 from ..tasks.settings import DataSettings
 from ..tasks.sources import load_splits
 from .folders import atomic_folder
 from .report import environment, write_json
-from .trained import load_trained, read_run
+from .session import compute_with, measure
+from .trained import Trained, load_trained, read_run
 
 __all__ = ["evaluate", "merge"]
 
@@ -65,25 +68,7 @@ def evaluate(
     chosen = {split: splits[split]}
     trained.task.read(chosen)
     prepared = trained.task.prepare(chosen, trained.loaded)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=trained.model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                per_device_eval_batch_size=batch_size,
-                report_to="none",
-                label_names=["labels"],
-                disable_tqdm=True,
-                use_cpu=not torch.accelerator.is_available(),
-                dataloader_pin_memory=torch.accelerator.is_available(),
-                **prepared.trainer_args,
-            ),
-            data_collator=prepared.collator,
-            compute_metrics=lambda result: trained.task.compute(result.predictions, result.label_ids),
-            preprocess_logits_for_metrics=prepared.preprocess_logits,
-        )
-        found = trainer.predict(prepared.splits[split], metric_key_prefix="x").metrics
-    metrics = {key: float(found[f"x_{key}"]) for key in [*trained.task.metrics, "loss"] if f"x_{key}" in found}
+    metrics = _predict(trained, prepared, split, batch_size)
     _print(metrics, f"{split} set of {data.path}, {len(chosen[split]):,} rows", console or Console())
     if output is not None:
         write_json(Path(output), {"adapter": adapter, "split": split, "metrics": metrics, **environment()})
@@ -118,17 +103,40 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
     return target
 
 
+def _predict(trained: Trained, prepared: Prepared, split: str, batch_size: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            label_names=["labels"],
+            disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            **prepared.trainer_args,
+        )
+        trainer = Trainer(
+            model=trained.model,
+            args=arguments,
+            data_collator=prepared.collator,
+            compute_metrics=compute_with(trained.task),
+            preprocess_logits_for_metrics=prepared.preprocess_logits,
+        )
+        return measure(trainer, trained.task, prepared.splits[split])
+
+
 def _data(
     data: DataSettings, split: str, path: str | None, name: str | None, file: str | None, limit: int | None
 ) -> DataSettings:
     if path is not None and path != data.path:
         data = replace(data, path=path, name=name, revision=None, train=None, validation=None, test=None)
         if Path(path).is_file():  # one file: it is the split
-            shown = str(Path(path).resolve())
-            return replace(data, path=str(Path(shown).parent), **{split: Path(shown).name, f"limit_{split}": limit})
+            whole = Path(path).resolve()
+            data, file = replace(data, path=str(whole.parent)), whole.name
+    changes: dict[str, Any] = {f"limit_{split}": limit}
     if file is not None:
-        data = replace(data, **{split: file})
-    return replace(data, **{f"limit_{split}": limit})
+        changes[split] = file
+    return replace(data, **changes)
 
 
 def _print(metrics: dict[str, float], title: str, console: Console) -> None:

@@ -66,7 +66,9 @@ def tensor_counts(model: Any, loaded: Loaded) -> dict[str, int]:
 
 def _head_only(loaded: Loaded, task: Task) -> Any:
     if not loaded.new_modules:
-        raise ConfigError(f"method.name=head trains a new head, and task {task.name} has none; use slicefine, lora or full.")
+        raise ConfigError(
+            f"method.name=head trains a new head, and task {task.name} has none; use slicefine, lora or full."
+        )
     loaded.model.requires_grad_(False)
     for module in loaded.new_modules:
         loaded.model.get_submodule(module).requires_grad_(True)

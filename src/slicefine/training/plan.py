@@ -46,7 +46,9 @@ class Plan:
 def make_plan(session: Session) -> Plan:
     """Read the plan off a session that is ready to train."""
     total = session.total_steps
-    return Plan(_layers(session.model), tensor_counts(session.model, session.loaded), total, _moves(session.model, total))
+    return Plan(
+        _layers(session.model), tensor_counts(session.model, session.loaded), total, _moves(session.model, total)
+    )
 
 
 def print_plan(session: Session, plan: Plan, console: Console) -> None:
@@ -55,7 +57,9 @@ def print_plan(session: Session, plan: Plan, console: Console) -> None:
     if plan.layers:
         table = Table(title=f"{settings.method.name}: what is trained first")
         for column in ("layers", "number", "shape", "first slice", "entries each"):
-            table.add_column(column, justify="left" if column in ("layers", "first slice") else "right", overflow="fold")
+            table.add_column(
+                column, justify="left" if column in ("layers", "first slice") else "right", overflow="fold"
+            )
         for layer in plan.layers:
             shape = f"{layer.shape[0]} x {layer.shape[1]}"
             table.add_row(layer.name, str(layer.count), shape, layer.first, f"{layer.entries:,}")
@@ -65,7 +69,9 @@ def print_plan(session: Session, plan: Plan, console: Console) -> None:
     facts.add_row("data", f"{settings.data.path} " + _sizes(session))
     facts.add_row("method", settings.method.name)
     facts.add_row("learning rate", f"{settings.learning_rate:g}")
-    facts.add_row("trainable entries", f"{counts['trainable']:,} ({counts['trainable'] / counts['total']:.3%} of the model)")
+    facts.add_row(
+        "trainable entries", f"{counts['trainable']:,} ({counts['trainable'] / counts['total']:.3%} of the model)"
+    )
     facts.add_row("of which new head", f"{counts['head']:,}")
     facts.add_row("added parameters", f"{counts['added']:,}")
     facts.add_row("optimizer steps", f"{plan.total_steps:,}")

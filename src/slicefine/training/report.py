@@ -20,6 +20,7 @@ from .session import Session, main_metric
 __all__ = ["environment", "peak_memory", "print_report", "run_counts", "write_json"]
 
 _PACKAGES = ("slicefine", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "numpy")
+_PROOFS = {"reload_identical": "reloaded: same predictions", "unload_identical": "unloaded: original weights"}
 
 
 def environment() -> dict[str, Any]:
@@ -47,7 +48,7 @@ def peak_memory() -> tuple[int, str]:
     try:
         import resource
     except ImportError:  # Windows
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         return int(psutil.Process().memory_info().peak_wset), "process"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -78,7 +79,9 @@ def print_report(session: Session, report: dict[str, Any], console: Console) -> 
             before = report["before"].get(split, {}).get(name)
             shown = "not measured" if before is None else f"{before:.4f}"
             table.add_row(f"{name} ({split})", f"{shown} -> [bold]{report['after'][split][name]:.4f}[/bold]")
-    table.add_row("trainable entries", f"{counts['trainable']:,} ({counts['trainable'] / counts['total']:.3%} of the model)")
+    table.add_row(
+        "trainable entries", f"{counts['trainable']:,} ({counts['trainable'] / counts['total']:.3%} of the model)"
+    )
     if counts["head"]:
         table.add_row("  of which new head", f"{counts['head']:,}")
     table.add_row("values changed over the run", f"{counts['changed']:,} ({counts['changed'] / counts['total']:.3%})")
@@ -88,7 +91,7 @@ def print_report(session: Session, report: dict[str, Any], console: Console) -> 
     table.add_row("training time", f"{report['train_seconds']:.0f} s")
     table.add_row("peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB ({report['peak_memory_kind']})")
     table.add_row("file size", _size(report["file_bytes"]))
-    for key, text in (("reload_identical", "reloaded: same predictions"), ("unload_identical", "unloaded: original weights")):
+    for key, text in _PROOFS.items():
         if report.get(key) is not None:
             table.add_row(text, "yes, bit for bit" if report[key] else "[bold red]NO[/bold red]")
     console.print(table)

@@ -14,7 +14,7 @@ from .plan import make_plan, print_plan
 from .plots import draw_run
 from .report import environment, peak_memory, print_report, run_counts, write_json
 from .screen import Screen
-from .session import Session, build, main_metric
+from .session import Session, build, main_metric, measure
 from .settings import TrainSettings
 from .trained import save_trained, weight_bytes
 from .trainer import SliceTrainer
@@ -100,13 +100,8 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
 
 def _measure(trainer: SliceTrainer, session: Session) -> dict[str, dict[str, float]]:
     """All metrics on the validation and test sets."""
-    measured = {}
-    for split in ("validation", "test"):
-        if split in session.prepared.splits:
-            result = trainer.predict(session.prepared.splits[split], metric_key_prefix="x").metrics
-            names = [*session.task.metrics, "loss"]
-            measured[split] = {name: float(result[f"x_{name}"]) for name in names if f"x_{name}" in result}
-    return measured
+    splits = session.prepared.splits
+    return {name: measure(trainer, session.task, splits[name]) for name in ("validation", "test") if name in splits}
 
 
 def _verify(session: Session, folder: Path) -> dict[str, bool | None]:

@@ -19,8 +19,8 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
     for module in ("transformers", "peft", "torch.utils.data"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +20,7 @@ from .screen import Screen
 from .settings import TrainSettings
 from .trainer import Record, SliceTrainer
 
-__all__ = ["Session", "build", "main_metric", "open_task"]
+__all__ = ["Session", "build", "compute_with", "main_metric", "measure", "open_task"]
 
 
 @dataclass
@@ -47,7 +49,9 @@ class Session:
         training = self.settings.training
         if training.max_steps is not None:
             return training.max_steps
-        batches = math.ceil(len(self.prepared.splits["train"]) / training.batch_size)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        devices = processes if processes > 1 else max(1, torch.cuda.device_count())
+        batches = math.ceil(len(self.prepared.splits["train"]) / (training.batch_size * devices))
         per_epoch = max(1, math.ceil(batches / training.gradient_accumulation))
         return math.ceil(training.epochs * per_epoch)
 
@@ -64,7 +68,7 @@ class Session:
             train_dataset=splits.get("train"),
             eval_dataset=splits.get("validation"),
             processing_class=self.loaded.processor,
-            compute_metrics=lambda result: self.task.compute(result.predictions, result.label_ids),
+            compute_metrics=compute_with(self.task),
             preprocess_logits_for_metrics=self.prepared.preprocess_logits,
             callbacks=callbacks,
             head_parameters=new_parameters(self.model, self.loaded),
@@ -100,8 +104,8 @@ def build(settings: TrainSettings) -> Session:
     task, splits = open_task(settings)
     if "train" not in splits:
         raise ConfigError(
-            f"data.path={settings.data.path!r} has the sets {', '.join(splits)} but no train set; name its file or split "
-            "with data.train."
+            f"data.path={settings.data.path!r} has the sets {', '.join(splits)} but no train set; name its file or "
+            "split with data.train."
         )
     set_seed(settings.training.seed)  # the new head is drawn here
     loaded = task.load()
@@ -116,18 +120,34 @@ def main_metric(task: Task, settings: TrainSettings) -> tuple[str, bool]:
     return name, name not in task.minimise
 
 
+def compute_with(task: Task) -> Callable[[Any], dict[str, float]]:
+    """The task's metrics as the Trainer calls them."""
+    return lambda result: task.compute(result.predictions, result.label_ids)
+
+
+def measure(trainer: Any, task: Task, rows: Any) -> dict[str, float]:
+    """All metrics of a task, and the loss, on a prepared data set."""
+    found = trainer.predict(rows, metric_key_prefix="x").metrics
+    return {name: float(found[f"x_{name}"]) for name in (*task.metrics, "loss") if f"x_{name}" in found}
+
+
 def _arguments(session: Session, folder: str) -> TrainingArguments:
     settings, training = session.settings, session.settings.training
     every = training.evaluate if "validation" in session.prepared.splits else "no"
+    if every == "no" and training.early_stopping is not None:
+        raise ConfigError(
+            "training.early_stopping needs a validation set; set data.validation_fraction."
+        )
     metric, more = main_metric(session.task, settings)
     optional = dict(session.prepared.trainer_args)
+    known = {field.name for field in fields(TrainingArguments)}  # transformers renames some during version 5
     if training.group_by_length and optional.get("remove_unused_columns", True):
-        optional["train_sampling_strategy"] = "group_by_length"
+        by_name = "train_sampling_strategy" in known
+        optional |= {"train_sampling_strategy": "group_by_length"} if by_name else {"group_by_length": True}
     if every == "steps":
         optional |= {"eval_steps": training.evaluate_steps, "save_steps": training.evaluate_steps}
-    if training.gradient_checkpointing:  # transformers renames it during version 5
-        names = {field.name for field in fields(TrainingArguments)}
-        name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    if training.gradient_checkpointing:
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
         optional |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     try:
         return TrainingArguments(
@@ -138,7 +158,7 @@ def _arguments(session: Session, folder: str) -> TrainingArguments:
             per_device_eval_batch_size=training.eval_batch_size or 4 * training.batch_size,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=training.schedule,
-            warmup_steps=training.warmup_ratio,
+            warmup_steps=math.ceil(training.warmup_ratio * session.total_steps),
             optim=training.optimizer,
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,

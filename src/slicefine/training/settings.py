@@ -187,7 +187,8 @@ class TrainSettings:
         output: folder for the results; None makes a new one below runs/.
         overwrite: replace the results of an earlier run in that folder.
         resume: true goes on from the last checkpoint in output; or a run's folder, or a checkpoint's.
-        verify: reload what was saved and compare predictions, unload and compare weights; None does so below 100M parameters.
+        verify: reload what was saved and compare predictions, unload and compare weights; None does so below
+            100 million parameters.
         dry_run: show the plan (layers, slices, trainable share, moves) and stop.
         quiet: print nothing.
     """

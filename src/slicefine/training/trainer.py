@@ -41,8 +41,8 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         if not math.isfinite(float(loss)):
             raise NumericalError(
                 f"step {self.state.global_step + 1}: the loss is {float(loss)}. Nothing was saved after the last whole "
-                "checkpoint. Lower training.learning_rate, clip gradients (training.max_grad_norm), switch bf16 off, or "
-                "look for bad rows in the data."
+                "checkpoint. Lower training.learning_rate, clip gradients (training.max_grad_norm), switch bf16 off, "
+                "or look for bad rows in the data."
             )
         return loss
 

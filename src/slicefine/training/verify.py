@@ -26,7 +26,8 @@ def predictions(model: Any, session: Session, rows: int = _ROWS) -> torch.Tensor
     batch = session.prepared.collator([data[i] for i in range(count)])
     device = next(model.parameters()).device
     model.eval()
-    return model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits.float().cpu()
+    logits: torch.Tensor = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
+    return logits.float().cpu()
 
 
 def same_predictions(session: Session, folder: Path) -> bool:
