@@ -14,7 +14,6 @@ from slicefine.cli.main import normalise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by PEFT
-    pytest.mark.filterwarnings("ignore:Could not find a config file in .*:UserWarning"),  # PEFT, base without one
 ]
 
 

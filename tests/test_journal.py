@@ -102,6 +102,7 @@ class JournalMachine(RuleBasedStateMachine):
             return
         assert [v.slice for v in read_table(self.journal.table())] == [block for block, _ in self.visits]
         assert self.journal.slices() == list(dict.fromkeys(block for block, _ in self.visits))
+        assert [block for block, _ in self.journal.trained(self.weight)] == self.journal.slices()
         rebuilt = self.base.clone()
         other = Journal()
         other.load(self.journal.table(), {b: v.clone() for b, v in self.journal.trained(self.weight)})

@@ -178,7 +178,7 @@ def test_status_reports_the_adapters():
     assert status.requires_grad == {"first": True, "second": False}
     rows = model.get_layer_status()
     assert [row.name for row in rows] == [f"model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
-    assert {row.module_type for row in rows} == {"slicefine"}
+    assert {row.module_type for row in rows} == {"slicefine.SliceFineLinear"}
     assert rows[0].devices == {"first": ["cpu"], "second": ["cpu"]}
     model.merge_adapter()
     assert model.get_model_status().merged_adapters == ["first"]

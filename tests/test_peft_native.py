@@ -10,7 +10,10 @@ import torch
 from peft_helpers import THIRD_PARTY, config, llama, logits, same, train, weights
 from slicefine import movers_of
 
-pytestmark = THIRD_PARTY
+pytestmark = [
+    *THIRD_PARTY,
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # transformers adds a second one
+]
 
 
 def native(mode: str = "alternate", dtype: torch.dtype = torch.float32) -> torch.nn.Module:

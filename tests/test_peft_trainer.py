@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_helpers import THIRD_PARTY, config, layers, llama, logits, same, weights
-from slicefine import SliceFineCallback, movers_of
+from slicefine import Slice, SliceFineCallback, movers_of
 
 pytestmark = [
     *THIRD_PARTY,
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # transformers 5 renames the setting
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # there is no accelerator
 ]
 
@@ -34,22 +35,39 @@ class Sentences(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
+def first_slice(model: nn.Module) -> Slice:
+    """The active slice of the first layer."""
+    return next(iter(movers_of(model)[0].slices().values()))
+
+
 class Watch(TrainerCallback):
     """Notes slices and weights after every optimizer step."""
 
     def __init__(self, stop: int | None = None) -> None:
         self.stop = stop
-        self.starts: dict[int, int] = {}
+        self.slices: dict[int, Slice] = {}
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.starts[state.global_step] = next(iter(movers_of(model)[0].slices().values())).start
+        self.slices[state.global_step] = first_slice(model)
         self.weights[state.global_step] = weights(model)
         if state.global_step == self.stop:
             control.should_training_stop = control.should_save = True
 
 
-def trainer(model: nn.Module, folder: Path, watch: Watch | None = None, **settings: Any) -> Trainer:
+class BestAtFour(Trainer):
+    """A `Trainer` to which step 4 looks best."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": abs(self.state.global_step - 4.0)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def trainer(
+    model: nn.Module, folder: Path, watch: Watch | None = None, kind: type[Trainer] = Trainer, **settings: Any
+) -> Trainer:
     arguments = {
         "per_device_train_batch_size": 4,
         "learning_rate": 0.02,
@@ -62,7 +80,7 @@ def trainer(model: nn.Module, folder: Path, watch: Watch | None = None, **settin
         "seed": 0,
         **settings,
     }
-    return Trainer(
+    return kind(
         model,
         TrainingArguments(str(folder), **arguments),
         train_dataset=Sentences(),
@@ -82,7 +100,7 @@ def run(folder: Path, watch: Watch | None = None, base: nn.Module | None = None,
 def test_moves_are_spread_over_the_run_without_any_callback(tmp_path: Path):
     watch = Watch()
     model = run(tmp_path, watch)
-    assert watch.starts == {1: 0, 2: 2, 3: 2, 4: 4, 5: 4, 6: 6, 7: 6, 8: 6}
+    assert [block.start for block in watch.slices.values()] == [0, 2, 2, 4, 4, 6, 6, 6]
     assert (movers_of(model)[0].step, movers_of(model)[0].visits) == (8, 4)
 
 
@@ -95,7 +113,7 @@ def test_only_the_active_slice_changes_at_each_step(tmp_path: Path):
     for step, after in watch.weights.items():
         changed = (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist()
         assert changed == [start, start + 1], step
-        before, start = after, watch.starts[step]
+        before, start = after, watch.slices[step].start
     assert same(weights(model.unload()), weights(llama()))
 
 
@@ -142,7 +160,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, mode: str, dt
     model = get_peft_model(llama(dtype), config(mode, interval=None, moves=3, minimum_steps=1))
     watch = Watch()
     trainer(model, tmp_path / "parts", watch).train(resume_from_checkpoint=True)
-    assert sorted(watch.starts) == [6, 7, 8]
+    assert sorted(watch.slices) == [6, 7, 8]
     assert movers_of(model)[0].slices() == movers_of(whole)[0].slices()
     for (_, found), (_, expected) in zip(layers(model), layers(whole), strict=True):
         assert found.states["default"].journal.visits == expected.states["default"].journal.visits
@@ -153,22 +171,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, mode: str, dt
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_best_checkpoint_is_loaded_with_its_own_slices(tmp_path: Path, dtype: torch.dtype):
-    class Worse(Trainer):
-        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            metrics = {"eval_loss": abs(self.state.global_step - 4.0)}  # step 4 is the best
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            return metrics
-
     watch = Watch()
     model = get_peft_model(llama(dtype), config("alternate", interval=None, moves=3, minimum_steps=1))
-    plain = trainer(model, tmp_path, watch)
     settings = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
-    arguments = plain.args.to_dict() | settings | {"load_best_model_at_end": True}
-    Worse(model, TrainingArguments(**arguments), train_dataset=Sentences(), callbacks=[watch]).train()
-    assert watch.starts[4] != watch.starts[8]
+    trainer(model, tmp_path, watch, BestAtFour, load_best_model_at_end=True, **settings).train()
+    assert watch.slices[4] != watch.slices[8]
     assert same(weights(model), watch.weights[4])
-    assert next(iter(movers_of(model)[0].slices().values())).start == watch.starts[4]
+    assert first_slice(model) == watch.slices[4]
     assert movers_of(model)[0].step == 4
     assert same(weights(model.unload()), weights(llama(dtype)))
 

@@ -32,7 +32,6 @@ from slicefine.training.trained import load_trained
 # third-party notes that have nothing to do with what is tested
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by PEFT
-    pytest.mark.filterwarnings("ignore:Could not find a config file in .*:UserWarning"),  # PEFT, base without one
 ]
 
 SHORT = {"training__max_steps": 2, "slice__minimum_steps": 1}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .geometry import Slice, entry_indices
 from .schedule import Schedule, slice_at

@@ -56,6 +56,7 @@ _MLP: list[tuple[str, str, dict[str, Any]]] = [
     ("trainable tokens", "EmbConv1D", {"target_modules": ["conv1d"], "trainable_token_indices": {"emb": [0, 10]}}),
     ("linear beside convolution", "Conv2d", {"target_modules": ["lin0"]}),
 ]
+_SMOKE = ("both", "Conv1D and linear", "modules_to_save")
 _ACTIVE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("same", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"]}),
     ("different", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
@@ -83,7 +84,7 @@ def tables(task: str = "", models: tuple[str, ...] = (), targets: list[str] | No
     """
     init = {"init_lora_weights" if METHOD == "lora" else "init_weights": False}
     plain: dict[str, Any] = {"task_type": task, "target_modules": targets}
-    configs = [plain, plain | {"trainable_token_indices": [0, 1, 3]}]
+    configs = [plain, plain | {"trainable_token_indices": [0, 1, 3]}][: 2 if FULL else 1]
     active = [
         (name, "lora+trainable_tokens" if "tokens" in name else "slices", v, first | init, second | init)
         for name, first, second in _ACTIVE
@@ -91,7 +92,9 @@ def tables(task: str = "", models: tuple[str, ...] = (), targets: list[str] | No
     ]
     mixed = [("same", v(target_modules=["lin0"], **init), v(target_modules=["lin0"], r=4, **init)) for v in VARIANTS]
     return {
-        "test_name,model_id,config_cls,config_kwargs": [(n, m, v, k) for n, m, k in _MLP for v in VARIANTS],
+        "test_name,model_id,config_cls,config_kwargs": [
+            (n, m, v, k) for n, m, k in _MLP if FULL or n in _SMOKE for v in VARIANTS
+        ],
         "config_cls,config_kwargs": [(v, kwargs) for kwargs in configs for v in VARIANTS],
         "config_cls": VARIANTS,
         "model_id": [pytest.param(folder(m), id=m) for m in (models if FULL else models[:1])],

@@ -135,9 +135,7 @@ def _arguments(session: Session, folder: str) -> TrainingArguments:
     settings, training = session.settings, session.settings.training
     every = training.evaluate if "validation" in session.prepared.splits else "no"
     if every == "no" and training.early_stopping is not None:
-        raise ConfigError(
-            "training.early_stopping needs a validation set; set data.validation_fraction."
-        )
+        raise ConfigError("training.early_stopping needs a validation set; set data.validation_fraction.")
     metric, more = main_metric(session.task, settings)
     optional = dict(session.prepared.trainer_args)
     known = {field.name for field in fields(TrainingArguments)}  # transformers renames some during version 5
