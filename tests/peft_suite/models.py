@@ -1,9 +1,14 @@
-"""Small randomly initialised models in local folders, in place of the hub ids in PEFT's tests."""
+"""Small randomly initialised models in local folders, in place of the hub ids in PEFT's tests.
+
+The folders are numbered: PEFT's tests look for the names of model families in the id, to skip what other methods
+cannot do with them.
+"""
 
 from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -33,8 +38,7 @@ _MODELS = {
             **_TOKENS,
         ),
     ),
-    # not named after its family: PEFT skips tests of methods that it does not know to handle this family's Conv1D
-    "conv1d": (tf.GPT2LMHeadModel, tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS)),
+    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS)),
     "llama": (tf.LlamaForCausalLM, tf.LlamaConfig(**_LLAMA)),
     "llama-classifier": (tf.LlamaForSequenceClassification, tf.LlamaConfig(num_labels=3, **_LLAMA)),
     "t5": (
@@ -62,13 +66,13 @@ def folder(name: str) -> str:
         for parameter in model.parameters():  # the usual tiny initialisation would hide an adapter's effect
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, std=0.2)
-    path = _root() / f"tiny-{name}"
+    path = _root() / str(list(_MODELS).index(name))
     model.save_pretrained(path)
     return str(path)
 
 
 @functools.cache
 def _root() -> Path:
-    root = tempfile.mkdtemp(prefix="slicefine-models-")
+    root = Path(tempfile.gettempdir(), f"slicefine-models-{os.getpid()}")
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return Path(root)
+    return root

@@ -7,4 +7,4 @@ from .released import load
 with_moves(load("testing_common"))
 _released = with_moves(load("test_decoder_models"))
 
-TestDecoder = adapt(_released.TestDecoderModels, tables("CAUSAL_LM", ("conv1d", "llama", "opt")))
+TestDecoder = adapt(_released.TestDecoderModels, tables("CAUSAL_LM", ("gpt2", "llama", "opt")))

@@ -113,7 +113,7 @@ def _from_config(auto: Any, settings: ModelSettings, fields: dict[str, Any]) -> 
         model = auto.from_config(config, trust_remote_code=settings.trust_remote_code)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.config does not describe a model for {auto.__name__}: {error}") from error
-    return Loaded(model, None, [name for name, _ in model.named_children()])
+    return Loaded(model, None, _new_modules(model, []))  # trained whole in any case
 
 
 def _new_modules(model: Any, missing: Iterable[str]) -> list[str]:
