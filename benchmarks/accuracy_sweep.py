@@ -9,7 +9,8 @@ interrupted sweep goes on where it stopped. Several worker processes share one d
 
 A plan line: {"task": "sst2", "method": "slicefine", "lr": 0.003, "seed": 0, "slice": {"r": 5, "mode": "row"}}
 Methods: slicefine, lora (PEFT), full, head. Optional keys: head_lr, column_rate (learning-rate factor of column
-slices in alternate mode), weight_decay, epochs, rows, batch, max_length, order ("input" | "gradient": positions by score).
+slices in alternate mode), weight_decay, epochs, rows, batch, max_length, order ("input" | "gradient" | "weight":
+positions by score).
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ TASKS: dict[str, tuple[tuple[str, ...], str]] = {
 TARGETS = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
 
 
-def load_split(path: Path, columns: tuple[str, ...], tokenizer: Any, limit: int | None, length: int = 128) -> tuple[list[Any], Tensor]:
+def load_split(
+    path: Path, columns: tuple[str, ...], tokenizer: Any, limit: int | None, length: int = 128
+) -> tuple[list[Any], Tensor]:
     frame = pd.read_parquet(path)
     if limit is not None and len(frame) > limit:
         frame = frame.sample(limit, random_state=0)
@@ -113,7 +116,9 @@ def ordered_positions(table: dict[str, dict[str, Tensor]], r: int, mode: str) ->
             width = min(r, size)
             starts = [block_start(b, size, width) for b in range(block_count(size, width))]
             sums = [float(score[s : s + width].sum()) for s in starts]
-            orders[name, axis] = [s for _, s in sorted(zip(sums, starts), key=lambda pair: (-pair[0], pair[1]))]
+            orders[name, axis] = [
+                s for _, s in sorted(zip(sums, starts, strict=True), key=lambda pair: (-pair[0], pair[1]))
+            ]
 
     def position(visit: int, layer: str, shape: tuple[int, int]) -> Any:
         axis = ("row", "column")[visit % 2] if mode == "alternate" else mode
@@ -189,7 +194,7 @@ def train(run: dict[str, Any], base: nn.Module, data: Any, device: str, pad: int
             picked = order[i * batch : (i + 1) * batch]
             yield collate([rows[j] for j in picked], pad, device), labels[picked].to(device)
 
-    calibration = [b for b, _ in zip(batches(), range(8))] if run.get("order") else []
+    calibration = [b for b, _ in zip(batches(), range(8), strict=False)] if run.get("order") else []
     model, groups, tuner = build(run, base, total, calibration)
     optimizer = torch.optim.AdamW(groups, weight_decay=run.get("weight_decay", 0.0), fused=device == "cuda")
     warm = max(1, int(0.06 * total))
@@ -283,7 +288,10 @@ def main() -> None:
     begin = time.perf_counter()
     plan = [json.loads(line) for line in Path(args.plan).read_text().splitlines() if line.strip()]
     out = Path(args.out)
-    finished = {json.dumps(json.loads(x).get("plan"), sort_keys=True) for x in (out.read_text().splitlines() if out.exists() else [])}
+    finished = {
+        json.dumps(json.loads(x).get("plan"), sort_keys=True)
+        for x in (out.read_text().splitlines() if out.exists() else [])
+    }
     open_runs = [i for i, run in enumerate(plan) if json.dumps(run, sort_keys=True) not in finished]
     context = torch.multiprocessing.get_context("spawn")
     queue, results = context.Queue(2), context.Queue()

@@ -186,8 +186,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = [measure(kind, args) for kind in args.models]
     for result in results:
-        print(f"\n{result['model']}: {result['layers']} layers, width {result['width']}, "
-              f"batch {result['batch']} x {result['length']}, fp32, {args.threads} threads, {args.rounds} rounds")  # fmt: skip
+        print(f"\n{result['model']}: {result['layers']} layers, width {result['width']}, batch {result['batch']} x "
+              f"{result['length']}, fp32, {args.threads} threads, {args.rounds} rounds")  # fmt: skip
         print(f"{'method':26} {'/ floor':>8} {'quartiles':>22} {'saved MiB':>10} {'trainable':>11}")
         for name, row in result["rows"].items():
             low, _, high = row["ratio_quartiles"]

@@ -13,9 +13,9 @@ from .errors import (
     UnsupportedError,
 )
 from .geometry import Slice
-from .mover import Mover, movers_of, MoveSettings
+from .mover import Mover, MoveSettings, movers_of
 from .schedule import Schedule
-from .tuner import attach, SliceTuner
+from .tuner import SliceTuner, attach
 
 try:  # the core needs torch and safetensors only; with PEFT at hand, importing slicefine registers the method there
     from .peft import SliceFineCallback, SliceFineConfig, SliceFineModel

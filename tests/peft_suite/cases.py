@@ -110,7 +110,7 @@ NOT_APPLICABLE = {
     "test_default_target_modules_list_of_str": "patches LoRA's and DeLoRA's own tables of default layers",
     "test_default_target_modules_str": "patches LoRA's and DeLoRA's own tables of default layers",
     "test_mixed_adapter_batches_lora_*": "needs LoRA on embeddings and convolutions",
-    "test_mixed_adapter_batches_*_raises": "expects LoRA's own refusals; ours are tested in test_peft_refusals.py",
+    "test_mixed_adapter_batches_*_raises": "expects LoRA's own refusals; ours are tested in test_peft_config.py",
     "test_prompt_*": "is parametrised with prompt learning methods",
 }
 
