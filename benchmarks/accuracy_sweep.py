@@ -70,14 +70,14 @@ def metric(kind: str, predicted: Tensor, labels: Tensor) -> float:
 
 
 def scores(model: nn.Module, names: list[str], batches: list[Any], kind: str) -> dict[str, dict[str, Tensor]]:
-    """Score of each row and column of each layer: input energy (columns), or the dense gradient's norm (both)."""
+    """Score of each row and column of each layer: input energy (columns), gradient or weight norm (both)."""
     result: dict[str, dict[str, Tensor]] = defaultdict(dict)
     handles = []
     for name in names:
         layer = model.get_submodule(name)
         if kind == "gradient":
             layer.weight.requires_grad_(True)
-        else:
+        elif kind == "input":
 
             def hook(module: nn.Module, args: Any, name: str = name) -> None:
                 energy = args[0].detach().reshape(-1, args[0].shape[-1]).square().sum(0)
@@ -93,11 +93,11 @@ def scores(model: nn.Module, names: list[str], batches: list[Any], kind: str) ->
         handle.remove()
     for name in names:
         weight = model.get_submodule(name).weight
-        if kind == "gradient":
-            square = weight.grad.square()
-            result[name] = {"row": square.sum(1), "column": square.sum(0)}
+        if kind == "input":
+            result[name]["row"] = torch.zeros(weight.shape[0])  # no preference: the sweep's order
         else:
-            result[name]["row"] = (weight.detach().square() @ result[name]["column"]).square() * 0  # no row preference
+            square = (weight.grad if kind == "gradient" else weight.detach()).square()
+            result[name] = {"row": square.sum(1), "column": square.sum(0)}
         weight.grad = None
         weight.requires_grad_(False)
     model.zero_grad(set_to_none=True)

@@ -16,13 +16,26 @@ import slicefine
 SOURCE = Path(slicefine.__file__).parent
 
 # a module may import those before it
-LADDER = ["errors", "geometry", "schedule", "functional", "journal", "delta", "layer", "mover", "tuner"]
+LADDER = [
+    "errors",
+    "geometry",
+    "schedule",
+    "functional",
+    "journal",
+    "delta",
+    "state",
+    "layer",
+    "mover",
+    "tuner",
+    "energy",
+]
 ALLOWED = {name: set(LADDER[:i]) for i, name in enumerate(LADDER)}
 ALLOWED["geometry"] = {"errors"}
 ALLOWED["schedule"] = {"errors", "geometry"}
 ALLOWED["functional"] = {"errors", "geometry"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
+ALLOWED["state"] = {"errors", "geometry", "schedule", "functional", "journal"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
 CORE = list(ALLOWED)
 EXTERNAL = {"torch", "safetensors"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 
@@ -70,6 +72,34 @@ def test_flags_stand_alone_and_may_have_dashes():
     ]
     assert normalise(["train", "--resume", "runs/x"]) == ["train", "--resume", "runs/x"]
     assert normalise(["train", "--resume"]) == ["train", "--resume=true"]
+
+
+def test_precision_and_checkpointing_stand_alone_too():
+    assert normalise(["train", "--training.bf16", "--training.gradient-checkpointing", "--output", "x"]) == [
+        "train",
+        "--training.bf16=true",
+        "--training.gradient_checkpointing=true",
+        "--output",
+        "x",
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(
+    files: tuple[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    (tmp_path / "train.csv").write_text("text,label\ngood,0\nbad,film,1\n")
+    level = datasets.logging.get_verbosity()
+    try:
+        assert (
+            main(["train", "--model.path", files[0], "--data.path", str(tmp_path), "--output", str(tmp_path / "o")])
+            == 1
+        )
+        assert datasets.logging.get_verbosity() > logging.ERROR  # or it would print what it raises
+    finally:
+        datasets.logging.set_verbosity(level)
+    shown = capfd.readouterr().err
+    assert len(shown.splitlines()) == 1
+    assert "saw 3. Correct the file, or write it anew." in shown
 
 
 def test_all_verbs_in_a_row(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -155,10 +185,14 @@ def test_every_recipe_parses(file: Path, capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("name", ["mrpc", "cola", "gsm8k"])
-def test_recipes_plan_their_real_data(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_recipes_plan_their_real_data(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     if not SHARED.is_dir():
         pytest.skip("the folder shared/ with the real data sets is not beside the repository")
-    monkeypatch.chdir(ROOT)
+    for folder in ("data", "models"):  # recipes name them relative to the folder one works in
+        (tmp_path / folder).symlink_to(SHARED / folder)
+    monkeypatch.chdir(tmp_path)
     words = ["--data.limit_train", "200", "--data.limit_validation", "20", "--data.limit_test", "20"]
-    assert main(["train", "--config", f"recipes/{name}.yaml", "--dry_run", *words]) == 0
+    assert main(["train", "--config", str(ROOT / f"recipes/{name}.yaml"), "--dry_run", *words]) == 0
     assert "optimizer steps" in capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import random
 
 import pytest
@@ -154,6 +155,33 @@ def test_loading_both_of_two_active_adapters():
     assert torch.equal(target.dense(), make_layer().dense())
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_of_two_active_adapters_has_the_same_sum(duplicate):
+    layer = make_layer(names="ad")
+    weights = {name: train_visits(layer, name, 3) for name in "ad"}
+    layer.apply_only(["a", "d"])
+    twin = duplicate(layer)
+    twin(torch.randn(2, IN))
+    assert torch.equal(twin.dense(), layer.dense())
+    for name in "ad":
+        twin.apply_only([name])
+        assert torch.equal(twin.dense(), weights[name])
+
+
+def test_a_parameter_written_while_two_adapters_are_active_enters_their_sum():
+    layer = make_layer(names="ad")
+    for name in "ad":
+        train_visits(layer, name, 3)
+    expected = copy.deepcopy(layer)
+    layer.apply_only(["a", "d"])
+    for model in (layer, expected):
+        with torch.no_grad():
+            model.slicefine_active["a"].fill_(2.0)
+    layer(torch.randn(2, IN))
+    expected.apply_only(["a", "d"])  # there it was written while neither was active
+    assert torch.equal(layer.dense(), expected.dense())
+
+
 # -- kinds of base layers ---------------------------------------------------------------------------------------------
 
 
@@ -186,7 +214,9 @@ def test_a_transposed_base_equals_a_linear_one():
 def test_what_cannot_be_sliced_is_refused():
     quantised = nn.Linear(4, 4)
     quantised.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    for layer in (nn.Embedding(4, 4), nn.Conv2d(1, 1, 1), quantised):
+    computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    uncalled = nn.MultiheadAttention(4, 2).out_proj
+    for layer in (nn.Embedding(4, 4), nn.Conv2d(1, 1, 1), quantised, computed, uncalled):
         assert not supports(layer)
         with pytest.raises(UnsupportedError, match=r"trains the floating-point matrix of nn.Linear and Conv1D"):
             SliceLinear(layer)
@@ -413,6 +443,25 @@ def test_state_dict_round_trip_continues_the_run(mode):
         assert torch.equal(other_tuner.layers[name].dense(), tuner.layers[name].dense())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("active", ["", "a", "b", "c", "da", "bcd"])
+def test_a_whole_state_dict_unloads_to_its_own_base(active, dtype):
+    layer, other = make_layer(dtype, "abcd"), make_layer(dtype, "abcd", nn.Linear(IN, OUT, dtype=dtype))
+    base = layer.dense().clone()
+    assert not torch.equal(other.dense(), base)
+    weights = {name: train_visits(layer, name, 5) for name in "abcd"}
+    train_visits(other, "a", 7)
+    layer.apply_only(list(active))
+    other.apply_only(["b"])
+    other.load_state_dict({key: tensor.clone() for key, tensor in layer.state_dict().items()})
+    assert other.applied == ["b"]
+    for name in "abcd":
+        other.apply_only([name])
+        assert torch.equal(other.dense(), weights[name])
+    other.apply_only([])
+    assert torch.equal(other.dense(), base)
+
+
 def test_slices_alone_restore_everything_over_the_same_base():
     layer, other = make_layer(names="ab"), make_layer(names="ab")
     weights = {name: train_visits(layer, name, 5) for name in "ab"}
@@ -564,3 +613,34 @@ def test_attach_on_the_meta_device_then_materialise():
         assert torch.equal(layer.dense(), expected_tuner.layers[name].dense())
     with tuner.disabled():
         assert torch.equal(model[0].dense(), real[0].weight)
+
+
+# -- other machinery --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's compiler does it
+@pytest.mark.parametrize(("mode", "graphs"), [("row", 1), ("column", 1), ("alternate", 2), ("random_mask", 1)])
+def test_a_compiled_model_is_not_compiled_again_at_each_move(mode, graphs):
+    torch.compiler.reset()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    plain, model = mlp(), mlp()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    tuners = [attach(m, mode=mode, r=2, interval=1) for m in (plain, model)]
+    optimizers = [torch.optim.SGD(tuner.parameters(), lr=0.1) for tuner in tuners]
+    for x, y in batches(5):
+        step(plain, optimizers[0], x, y)
+        step(compiled, optimizers[1], x, y)
+    assert tuners[1].mover.visits == 6
+    assert len(compilations) == graphs
+    for mine, other in zip(tuners[0].layers.values(), tuners[1].layers.values(), strict=True):
+        assert_close(mine.dense(), other.dense())
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(UnsupportedError, match=r"fc.a: nn.DataParallel copies .* Start one process per GPU"):
+        make_layer()._replicate_for_data_parallel()

@@ -423,6 +423,25 @@ def test_a_move_to_a_wrong_place_moves_no_layer():
     assert tuner.mover.slices() == before
 
 
+def test_a_move_of_an_unknown_layer_moves_no_layer():
+    _model, tuner = make(mode="row")
+    before = tuner.mover.slices()
+    with pytest.raises(ConfigError, match=r"no sliced layer is named '1'; the names are \['0', '2', '4'\]"):
+        tuner.mover.move({"1": Slice("row", 0, 2)})
+    assert tuner.mover.slices() == before
+
+
+def test_undoing_more_than_the_history_holds_takes_nothing_back():
+    model, tuner = make(history=2)
+    train(model, sgd(tuner), 14)
+    before = visits(tuner)
+    with pytest.raises(UnsupportedError, match="before the last 2 of 4 visits only"):
+        tuner.undo(3)
+    assert visits(tuner) == before
+    tuner.undo(2)
+    assert tuner.mover.visits == 2
+
+
 def test_positions_of_the_user():
     model, tuner = make(mode="column", positions=[3, 0, 1], interval=2)
     train(model, sgd(tuner), 7)
@@ -512,6 +531,20 @@ def test_two_adapters_have_a_mover_each_and_only_the_active_one_moves():
     train(model, optimizer, 5)
     assert (second.visits, tuner.mover.visits) == (3, 1)
     assert (second.step, tuner.mover.step) == (5, 0)
+
+
+def test_an_adapter_of_a_deleted_ones_name_has_one_mover():
+    model, tuner = make(mode="row")
+    old = tuner.mover
+    for name, layer in tuner.layers.items():
+        layer.delete_slice("default")
+        layer.add_slice("default", Schedule("row", 2, 2), name)
+        layer.apply_only(["default"])
+    new = Mover("default", tuner.layers, MoveSettings(interval=2))
+    assert movers_of(model) == [new]
+    train(model, sgd(tuner), 5)
+    assert (new.step, new.visits) == (5, 3)
+    assert (old.step, old.slices()) == (0, {})
 
 
 def test_plans():

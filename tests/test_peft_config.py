@@ -278,6 +278,21 @@ def test_a_tied_weight_is_refused():
         get_peft_model(llama(tie_word_embeddings=True), config(target_modules=["q_proj", "lm_head"]))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.dense = nn.Linear(8, 8)
+
+
+def test_a_layer_that_attention_never_calls_is_left_out_by_name():
+    with pytest.warns(UserWarning, match=r"uses the weight of attention.out_proj without calling .* left as it is"):
+        model = get_peft_model(Attention(), SliceFineConfig(mode="row", r=1, target_modules="all-linear"))
+    assert sliced(model) == {"dense"}
+    with pytest.raises(UnsupportedError, match=r"attention.out_proj .* would get no gradient. Choose other target"):
+        get_peft_model(Attention(), SliceFineConfig(mode="row", r=1, target_modules=["out_proj"]))
+
+
 def test_no_matching_layer_is_an_error():
     with pytest.raises(ValueError, match=r"Target modules \{'x_proj'\} not found"):
         get_peft_model(llama(), config(target_modules=["x_proj"]))

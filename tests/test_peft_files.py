@@ -139,6 +139,15 @@ def test_the_state_dict_round_trip_works_into_an_adapter_that_has_moved_elsewher
     assert same(weights(found.unload()), weights(llama()))
 
 
+def test_a_whole_state_dict_brings_its_own_base_and_unloads_to_it():
+    model = get_peft_model(llama(), config())
+    train(model)
+    other = get_peft_model(llama(seed=1), config())
+    set_peft_model_state_dict(other, {key: tensor.clone() for key, tensor in model.state_dict().items()})
+    assert torch.equal(logits(other), logits(model))
+    assert same(weights(other.unload()), weights(llama()))
+
+
 def test_the_auto_class_finds_the_base_model_by_itself(tmp_path: Path):
     llama().save_pretrained(tmp_path / "base")
     model = get_peft_model(type(llama()).from_pretrained(tmp_path / "base"), config())
@@ -173,6 +182,11 @@ def test_a_saved_configuration_reads_back_equal(tmp_path: Path):
     assert isinstance(found, SliceFineConfig)
     assert found.to_dict() == settings.to_dict()
     assert found.schedule() == settings.schedule()
+
+
+def test_starts_given_as_a_range_are_saved_as_a_list(tmp_path: Path):
+    config(positions=range(0, 6, 2)).save_pretrained(tmp_path)
+    assert SliceFineConfig.from_pretrained(tmp_path).positions == [0, 2, 4]
 
 
 def test_a_position_function_is_left_out_of_the_file(tmp_path: Path):

@@ -99,6 +99,11 @@ def test_a_list_of_starts_is_used_in_turn():
         slice_at(schedule, 0, (5, 6), "fc")
     with pytest.raises(ConfigError, match=r"positions=\[\] is an empty list"):
         Schedule(positions=[])
+    for wrong in (3, ["a"], [0.5], None):
+        with pytest.raises(ConfigError, match="expected a name, a function, or a list of integer start indices"):
+            Schedule(positions=wrong)
+    with pytest.raises(ConfigError, match="layer 'fc', visit 2: it returned 4; expected a slicefine.Slice"):
+        slice_at(Schedule(positions=lambda visit, layer, shape: 4), 2, (9, 9), "fc")
 
 
 def test_a_function_of_the_user_decides():

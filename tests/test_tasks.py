@@ -35,6 +35,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
+class MixedLabels(dict[str, list[Any]]):
+    """A data set as some JSON readers give it: numbers and strings in one column."""
+
+    def __init__(self, labels: list[Any]) -> None:
+        super().__init__(text=["the"] * len(labels), label=labels)
+        self.column_names, self.features = list(self), dict.fromkeys(self)
+
+
 def splits_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"train": Dataset.from_list(rows)}
 
@@ -88,6 +96,14 @@ def test_a_missing_validation_set_is_held_out_once_and_for_all(tmp_path: Path):
     assert len(first["validation"]) == 10
     texts = [row["text"] for split in first.values() for row in split]
     assert sorted(texts, key=int) == [str(i) for i in range(50)]
+
+
+def test_rows_are_named_as_the_file_has_them(tmp_path: Path):
+    rows = [review(i) for i in range(40)]
+    rows[30]["text"] = None
+    write_rows(tmp_path / "train.jsonl", rows)
+    with pytest.raises(DataError, match=r"train set, row 30: column 'text' holds None"):
+        load_splits(DataSettings(str(tmp_path), limit_train=20), check=make("text-classification").read)
 
 
 def test_limits_draw_rows_with_the_seed(tmp_path: Path):
@@ -173,6 +189,22 @@ def test_labels_and_texts_of_the_wrong_kind_are_refused():
         make("image-classification").read(splits_of([{"image": "a.png", "label": 0}]))
 
 
+def test_labels_that_cannot_be_classes_are_refused():
+    with pytest.raises(
+        DataError, match=r"row 2: label 'x' in column 'label' is a str, row 0 holds a int; expected one"
+    ):
+        make("text-classification").read({"train": MixedLabels([0, 1, "x"])})
+    with pytest.raises(DataError, match=r"row 1: label 4294967296 in column 'label' is no class number"):
+        make("text-classification").read(splits_of([{"text": "the", "label": n} for n in (0, 2**32)]))
+    with pytest.raises(DataError, match=r"row 1: column 'label' holds no label. Fill it in, or drop the row"):
+        make("text-classification").read(splits_of([{"text": "the", "label": n} for n in (0, None)]))
+
+
+def test_a_column_of_empty_texts_is_refused():
+    with pytest.raises(DataError, match=r"train set: every text in column 'text' is empty. Choose another column"):
+        make("text-classification").read(splits_of([{"text": " " * i, "label": i} for i in range(2)]))
+
+
 # -- metrics ------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +248,19 @@ def test_more_tokens_than_the_model_can_take_are_refused(bert: str):
     task.read(splits)
     with pytest.raises(ConfigError, match=r"task.max_length=33 is more than the 32 tokens"):
         task.prepare(splits, task.load())
+
+
+def test_a_model_without_a_tokenizer_is_refused(bert: str, tmp_path: Path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((Path(bert) / name).read_bytes())
+    task = make("text-classification", str(tmp_path), labels=["no", "yes"])
+    with pytest.raises(ConfigError, match=r"no tokenizer can be loaded from .*: it holds no vocabulary"):
+        task.load()
+
+
+def test_an_encoder_is_no_language_model(bert: str):
+    with pytest.raises(ConfigError, match=r"is no language model: it has no weights for cls.predictions"):
+        make("causal-lm", bert).load()
 
 
 def test_the_loss_is_on_the_answer_only(llama: str):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 from cli_helpers import recipe, review, save_bert, save_images, save_llama, save_reviews, save_vit, write_rows
 from slicefine.errors import AdapterFileError, ConfigError, DataError, NumericalError
@@ -229,6 +229,12 @@ def test_precision_accumulation_and_checkpointing_run_together(bert: str, review
     assert report["unload_identical"] is True
 
 
+def test_mixed_precision_over_full_weights_reloads_the_same(bert: str, reviews: str, tmp_path: Path):
+    report = train(recipe(bert, reviews, tmp_path / "run", training__bf16=True, **SHORT))
+    assert report["reload_identical"] is True
+    assert report["unload_identical"] is True
+
+
 def test_the_head_has_its_own_rate_and_slices_are_in_the_optimizer(bert: str, reviews: str, tmp_path: Path):
     settings = recipe(bert, reviews, tmp_path, training__learning_rate=1e-3, training__head_learning_rate=5e-3)
     session = build(settings)
@@ -353,6 +359,16 @@ def test_a_loss_that_is_nan_stops_at_its_step_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("evaluate", ["epoch", "no"])
+def test_a_last_step_that_spoils_the_weights_is_noticed(bert: str, reviews: str, tmp_path: Path, evaluate: str):
+    changes = {**SHORT, "training__learning_rate": 1e30, "training__evaluate": evaluate}
+    with pytest.raises(
+        NumericalError, match=r"evaluation after step 2: the loss is nan.* Lower training.learning_rate"
+    ):
+        train(recipe(bert, reviews, tmp_path / "run", **changes))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_checkpoints_that_are_whole_survive_an_error(
     bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -379,6 +395,43 @@ def test_earlier_results_are_not_overwritten_unasked(bert: str, reviews: str, tm
     assert train(replace(settings, overwrite=True))["steps"] == 2
 
 
+def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_trained", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe(bert, reviews, tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"holds the checkpoints of an earlier run.* go on with resume=true"):
+        train(recipe(bert, reviews, tmp_path / "run"))
+    assert train(recipe(bert, reviews, tmp_path / "run", resume=True))["steps"] == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__report_to": ["nonsense"]}, r"training.report_to=\['nonsense'\]: nonsense is not supported"),
+        ({"training__report_to": "nonsense"}, r"training.report_to=\['nonsense'\]: nonsense is not supported"),
+    ],
+)
+def test_unknown_integrations_are_refused(bert: str, reviews: str, tmp_path: Path, changes: Any, message: str):
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(bert, reviews, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_whose_package_is_missing_is_refused(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def missing(*args: Any) -> None:
+        raise ImportError("You need to install `bitsandbytes`")
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", missing)
+    with pytest.raises(ConfigError, match=r"training.optimizer='adamw_torch': You need to install `bitsandbytes`"):
+        train(recipe(bert, reviews, tmp_path / "run", **SHORT))
+    assert not (tmp_path / "run").exists()
+
+
 def test_early_stopping_without_a_validation_set_is_refused(bert: str, reviews: str, tmp_path: Path):
     settings = recipe(bert, str(Path(reviews) / "train.jsonl"), tmp_path / "run", data__validation_fraction=0.0)
     settings.training.early_stopping = 1
@@ -387,7 +440,8 @@ def test_early_stopping_without_a_validation_set_is_refused(bert: str, reviews: 
 
 
 def test_an_unknown_module_names_some_that_exist(bert: str, reviews: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"slice.target_modules=\['nonsense'\]"):
+    message = r"slice.target_modules=\['nonsense'\].* are called classifier, dense, key, query, value\."
+    with pytest.raises(ConfigError, match=message):
         train(recipe(bert, reviews, tmp_path / "run", slice__target_modules=["nonsense"]))
     assert not (tmp_path / "run").exists()
 
@@ -408,6 +462,8 @@ def test_data_errors_leave_nothing(bert: str, reviews: str, tmp_path: Path):
         (lambda: MethodSettings("ia3"), r"method.name='ia3' is unknown; expected one of slicefine, lora, full, head"),
         (lambda: TrainingSettings(batch_size=0), r"training.batch_size=0 must be at least 1"),
         (lambda: TrainingSettings(learning_rate=-1.0), r"training.learning_rate=-1.0 must be positive"),
+        (lambda: TrainingSettings(workers=-1), r"training.workers=-1 must not be negative"),
+        (lambda: TrainingSettings(warmup_ratio=5), r"training.warmup_ratio=5 must lie in \[0, 1\]"),
         (lambda: TrainingSettings(evaluate="always"), r"training.evaluate='always' is unknown"),
         (lambda: TrainingSettings(evaluate="steps"), r"needs training.evaluate_steps"),
         (lambda: TrainingSettings(early_stopping=2, load_best=False), r"early_stopping needs evaluations"),
@@ -448,6 +504,23 @@ def test_damaged_adapters_are_refused(done: tuple[Path, dict[str, Any]], tmp_pat
     if damage not in ("foreign",):
         with pytest.raises(AdapterFileError, match=message.get(damage, "corrupt")):
             read_contents(folder)
+
+
+def test_a_run_file_without_its_parts_is_refused(tmp_path: Path):
+    (tmp_path / "slicefine_run.json").write_text('{"version": 1, "adapter": true}')
+    with pytest.raises(AdapterFileError, match=r"slicefine_run.json: data, model, state, task is missing"):
+        evaluate(str(tmp_path))
+
+
+def test_evaluate_and_merge_check_where_they_write(done: tuple[Path, dict[str, Any]], tmp_path: Path):
+    adapter = str(done[0] / "adapter")
+    with pytest.raises(ConfigError, match=r"output=.* is no file in an existing folder"):
+        evaluate(adapter, output=str(tmp_path / "nowhere" / "metrics.json"))
+    with pytest.raises(ConfigError, match=r"batch_size=0 must be at least 1"):
+        evaluate(adapter, batch_size=0)
+    for target in (done[0], done[0] / "adapter"):
+        with pytest.raises(ConfigError, match="holds the adapter itself, which would be replaced"):
+            merge(adapter, str(target), overwrite=True)
 
 
 def save_narrow_bert(folder: Path) -> str:

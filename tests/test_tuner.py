@@ -9,11 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from core_helpers import batches, mlp, step
 from slicefine import attach
 from slicefine.errors import AdapterFileError, ConfigError
-from slicefine.geometry import entry_indices
+from slicefine.geometry import Slice, entry_indices
 from slicefine.layer import SliceLinear
 from slicefine.schedule import Schedule
 from slicefine.tuner import FORMAT_VERSION, match_layers
@@ -96,6 +97,17 @@ def test_unload_leaves_the_originals_or_the_trained_weights(mode, merge):
     optimizer.step()  # a leftover optimizer moves nothing
     assert same(linear_weights(model), expected)
     attach(model, r=1, interval=1)  # and a new start is possible
+
+
+def test_disabled_may_be_nested():
+    _, tuner, _ = trained()
+    after = dense(tuner)
+    with tuner.disabled():
+        before = dense(tuner)
+        with tuner.disabled():
+            pass
+        assert same(dense(tuner), before)
+    assert same(dense(tuner), after)
 
 
 def test_disabled_restores_the_base_even_after_an_error():
@@ -289,6 +301,35 @@ def test_attach_that_fails_changes_nothing():
     with pytest.raises(ConfigError, match="positions list, layer '2', visit 0: row slice of width 1 at 7 does not fit"):
         attach(model, mode="row", r=1, positions=[7], interval=1)  # fits the first layer only
     assert not any(isinstance(m, SliceLinear) for m in model.modules())
+
+
+def test_rank_0_of_one_orientation_is_refused():
+    for rank in ("r_row", "r_column"):
+        with pytest.raises(ConfigError, match="r=0 must be an integer of at least 1"):
+            attach(mlp(), interval=1, **{rank: 0})
+
+
+@pytest.mark.parametrize(("block", "shape"), [(Slice("row", 0, 3), "3, 6"), (Slice("column", 0, 3), "3, 11")])
+def test_a_first_position_that_does_not_fit_the_mode_is_refused(block, shape):
+    with pytest.raises(ConfigError, match=rf"0: a {block.axis} slice .* needs a parameter of shape \({shape}\)"):
+        attach(mlp(), mode="column", r=2, positions=lambda visit, layer, shape: block, interval=1)
+
+
+def test_a_start_that_fits_nowhere_is_refused_before_its_turn():
+    with pytest.raises(ConfigError, match="positions list, layer '2', visit 1: row slice of width 1 at 7 does not fit"):
+        attach(mlp(), mode="row", r=1, positions=[0, 7], interval=1)
+
+
+def test_a_transformer_trains_all_linear_layers_that_are_called():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+    tuner = attach(model, r=2, interval=1)
+    assert list(tuner.layers) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    model(torch.randn(2, 3, 8)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in tuner.parameters())
+    model.eval()
+    with torch.no_grad():  # PyTorch's fused inference path reads the layers' weights
+        fused = model(torch.ones(2, 3, 8))
+    assert_close(fused, model(torch.ones(2, 3, 8)).detach())
 
 
 def test_ranks_per_orientation():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .energy import energy_positions
 from .errors import (
     AdapterFileError,
     ConfigError,
@@ -31,6 +32,7 @@ __all__ = [
     "ConfigError",
     "ContentError",
     "DataError",
+    "energy_positions",
     "Mover",
     "movers_of",
     "MoveSettings",

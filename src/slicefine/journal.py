@@ -66,7 +66,7 @@ class Journal:
     def begin(self, weight: Tensor, block: Slice) -> Tensor:
         """Start a visit to ``block`` on an applied journal; returns the block's current values."""
         values = read_block(weight, block)
-        kept = values.cpu() if values.is_cuda else values.clone()
+        kept = values.to("cpu", copy=True)
         self._originals.setdefault(block, kept)
         self._before.append(kept)
         self.visits.append(Visit(block, self.step + 1, self.step))
@@ -77,6 +77,16 @@ class Journal:
         """Note that one optimizer step trained the active slice."""
         self.visits[-1] = self.visits[-1]._replace(last_step=self.visits[-1].last_step + 1)
 
+    def check_undo(self, moves: int = 1) -> None:
+        """Raise `UnsupportedError` unless the last ``moves`` visits can be taken back; see `undo`."""
+        if not self.applied:
+            raise UnsupportedError("undo: the slices are not in the weight now; activate the adapter first.")
+        if moves > min(len(self.visits) - 1, len(self._before)):
+            raise UnsupportedError(
+                f"undo: the history holds the values from before the last {len(self._before)} of {len(self.visits)} "
+                "visits only, and the first visit has nothing before it. Raise `history` before training to undo more."
+            )
+
     def undo(self, weight: Tensor) -> None:
         """Take back the last visit: the weight reads as it did when that visit began.
 
@@ -84,13 +94,7 @@ class Journal:
             UnsupportedError: if the history no longer holds the values from before that visit, or if the journal is
                 not applied (then the weight holds the originals, which an undo must not touch).
         """
-        if not self.applied:
-            raise UnsupportedError("undo: the slices are not in the weight now; activate the adapter first.")
-        if len(self.visits) < 2 or not self._before:
-            raise UnsupportedError(
-                f"undo: the history holds the values from before the last {len(self._before)} of {len(self.visits)} "
-                "visits only, and the first visit has nothing before it. Raise `history` before training to undo more."
-            )
+        self.check_undo()
         last = self.visits.pop()
         write_block(weight, last.slice, self._before.pop())
         if last.slice not in self.slices():

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .delta import KINDS, expected_shapes, pack, unpack
 from .errors import AdapterFileError, ConfigError, UnsupportedError
 from .functional import block_view, guard_content, line_index, pad_block, read_block, track_slice, write_block
 from .geometry import Slice, line_length
-from .journal import Journal
-from .schedule import Schedule, slice_at
+from .journal import read_table
+from .schedule import Schedule, check_positions, slice_at
+from .state import ORIGINALS, AdapterState, AdapterTensors, new_stamp
 
-__all__ = ["AdapterState", "SliceLinear", "is_transposed", "supports"]
-
-_STAMPS = itertools.count(1)
+__all__ = ["SliceLinear", "is_hidden", "is_transposed", "supports"]
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -30,57 +29,14 @@ def is_transposed(layer: nn.Module) -> bool:
 def supports(layer: nn.Module) -> bool:
     """Whether a layer is a dense linear map with a floating-point matrix that can be trained in place."""
     weight = getattr(layer, "weight", None)
-    linear = isinstance(layer, nn.Linear) or is_transposed(layer)
-    return linear and isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
+    linear = (isinstance(layer, nn.Linear) and not is_hidden(layer)) or is_transposed(layer)
+    # a parametrised weight (weight norm, pruning) is computed anew by each forward: it is not a parameter
+    return linear and isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
 
 
-class AdapterState:
-    """State of one adapter on one layer, beside its parameter: schedule, journal, index, and what is in sync."""
-
-    def __init__(self, schedule: Schedule, layer_name: str, history: int) -> None:
-        self.schedule = schedule
-        self.layer_name = layer_name
-        self.journal = Journal(history)
-        self.index = torch.empty(0, dtype=torch.int64)
-        self.stamp = next(_STAMPS)
-        self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
-        self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
-        self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
-        self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
-        self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
-        self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
-
-
-class AdapterTensors(nn.Module):
-    """Input and output of one kind of file tensor; shapes follow the run, so nothing is stored here."""
-
-    def __init__(self, owner: SliceLinear, kind: str) -> None:
-        super().__init__()
-        object.__setattr__(self, "_owner", owner)  # not a child module: the owner contains this one
-        self._kind = kind
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name in list(self._owner.states):
-            tensor = self._owner.file_tensors(name).get(self._kind)
-            if tensor is not None:
-                destination[prefix + name] = tensor
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in list(self._owner.states):
-            if prefix + name in state_dict:
-                self._owner.stage(name, self._kind, state_dict[prefix + name])
-
-    def __getattr__(self, name: str) -> Any:
-        owner = self.__dict__.get("_owner")
-        if owner is not None and name in owner.states:
-            return owner.file_tensors(name)[self._kind]
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in getattr(self.__dict__.get("_owner"), "states", {}):
-            self._owner.stage(name, self._kind, value)
-        else:
-            super().__setattr__(name, value)
+def is_hidden(layer: nn.Module) -> bool:
+    """Whether a layer's weight is used without a call of the layer: the output projection in nn.MultiheadAttention."""
+    return isinstance(layer, NonDynamicallyQuantizableLinear)
 
 
 class SliceLinear(nn.Module):
@@ -107,9 +63,10 @@ class SliceLinear(nn.Module):
         cast(Tensor, base_layer.weight).requires_grad_(False)
         self.states: dict[str, AdapterState] = {}
         self._order: list[str] = []  # adapters in the order of their last application
-        self.requested: list[str] | None = None  # adapters to apply as soon as a weight on the meta device has values
+        self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
+        self._arriving: dict[str, Tensor] = {}  # what the slices in that weight replaced, by adapter
         self.slicefine_active = nn.ParameterDict()
-        for kind in KINDS:
+        for kind in (*KINDS, ORIGINALS):
             setattr(self, f"slicefine_{kind}", AdapterTensors(self, kind))
         self.register_load_state_dict_post_hook(_sync_after_load)  # type: ignore[no-untyped-call]
 
@@ -133,6 +90,16 @@ class SliceLinear(nn.Module):
         """``(rows, columns)`` = (output units, input features)."""
         rows, columns = self._base_weight.shape
         return (columns, rows) if is_transposed(self.base_layer) else (rows, columns)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for models that look at it (its dtype, its device)."""
+        return self._base_weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return cast("Tensor | None", self.base_layer.bias)
 
     @property
     def in_features(self) -> int:
@@ -166,6 +133,7 @@ class SliceLinear(nn.Module):
         """Create adapter ``name`` at its first position, not applied, with the base's own values."""
         if name in self.states:
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
+        check_positions(schedule, self.shape, layer_name)
         state = AdapterState(schedule, layer_name, history)
         shape = schedule.block_shape(self.shape)
         dtype = self._base_weight.dtype
@@ -192,9 +160,10 @@ class SliceLinear(nn.Module):
         self.requested = names if self._base_weight.is_meta else None
         if names == self.applied or self._base_weight.is_meta:
             return
-        weight = self.dense()
-        for name in reversed(self.applied):
-            self._sync(name)
+        weight, before = self.dense(), self.applied
+        for name in reversed(before):
+            if len(before) == 1:  # a sum of several is not what a parameter holds: see `_sync`
+                self._sync(name)
             self.states[name].journal.revert(weight)
         if len(names) == 1:
             self.states[names[0]].journal.apply(weight)
@@ -266,7 +235,6 @@ class SliceLinear(nn.Module):
 
     def move(self, name: str, block: Slice) -> None:
         """Freeze the active slice of an applied adapter and load ``block`` into its parameter."""
-        self.check_block(name, block)
         self._sync(name)
         self._begin(name, block)
 
@@ -277,6 +245,7 @@ class SliceLinear(nn.Module):
         self._load_active(name)
 
     def _begin(self, name: str, block: Slice) -> None:
+        self.check_block(name, block)
         self.states[name].journal.begin(self.dense(), block)
         self._load_active(name)
 
@@ -289,9 +258,15 @@ class SliceLinear(nn.Module):
             with torch.no_grad():
                 parameter.data.zero_()
                 self.block(name).copy_(read_block(self.dense(), active))
-        state.index = line_index(active, self.shape).to(self._base_weight.device)
+        self._aim(name)
         state.previous = None
         self.mark_synced(name)
+
+    def _aim(self, name: str) -> None:
+        """Make what the forward looks at agree with the journal's active slice."""
+        state = self.states[name]
+        state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
+        state.axis = state.journal.active.axis
 
     # -- keeping the weight in step with the parameter ------------------------------------------------------------
 
@@ -299,7 +274,7 @@ class SliceLinear(nn.Module):
         """Note that the weight holds the parameter's values as they are now."""
         state, parameter = self.states[name], self.slicefine_active[name]
         state.synced = (id(parameter), parameter._version)
-        state.stamp = next(_STAMPS)
+        state.stamp = new_stamp()
 
     def write_target(self, name: str) -> Tensor | None:
         """View of the dense weight that the active block belongs to; None for a random mask."""
@@ -315,6 +290,9 @@ class SliceLinear(nn.Module):
         state = self.states[name]
         if self._in_sync(name) or not state.journal.applied or self.slicefine_active[name].is_meta:
             return
+        if len(self.applied) > 1:  # the weight holds their sum: add them up anew
+            with self.reverted():
+                return
         write_block(self.dense(), state.journal.active, self.block(name), state.index)
         if state.previous is not None:
             state.previous.copy_(self.slicefine_active[name].detach())
@@ -345,7 +323,7 @@ class SliceLinear(nn.Module):
         state.staged, state.layout = {}, {}  # before anything is applied: applying settles, settling installs
         self.apply_only([])
         state.journal.load(tensors["journal"].cpu(), values)
-        state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
+        self._aim(name)
         half = parameter.dtype != self._base_weight.dtype  # then the weight cannot tell the master's values
         state.previous = parameter.detach().clone() if half else None
         self.mark_synced(name)
@@ -370,6 +348,19 @@ class SliceLinear(nn.Module):
             return _placeholders(state.layout) | state.staged  # a file is on its way: say what is expected
         self._settle(name)
         return pack(state.journal, self.dense())
+
+    def state_tensor(self, name: str, kind: str) -> Tensor | None:
+        """One tensor of adapter ``name`` for a state dict.
+
+        It holds the weight, too, with the applied slices in it: without the originals it could not be unloaded again.
+        """
+        if kind != ORIGINALS:
+            return self.file_tensors(name).get(kind)
+        journal = self.states[name].journal
+        if not journal.applied:
+            return None
+        with self.reverted() as weight:
+            return torch.cat([read_block(weight, block).reshape(-1) for block in journal.slices()])
 
     def expect(self, name: str, layout: dict[str, tuple[int, ...]]) -> None:
         """Announce the shapes that a file will bring, for loaders that compare shapes before they load."""
@@ -400,7 +391,10 @@ class SliceLinear(nn.Module):
         """Take over one tensor of a file; it is installed when the journal and the active block are there."""
         if kind == "journal":
             expected_shapes(tensor, self.shape)  # refuse a foreign or corrupt journal before anything changes
-        self.states[name].staged[kind] = tensor
+        if kind == ORIGINALS:
+            self._arriving[name] = tensor
+        else:
+            self.states[name].staged[kind] = tensor
 
     def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Raise `AdapterFileError` unless a file's tensors, ``active`` among them, fit adapter ``name``."""
@@ -426,6 +420,36 @@ class SliceLinear(nn.Module):
         self._settle(name)
 
     # -- nn.Module ------------------------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Before a weight arrives together with the slices that it holds, ours are taken out of the old one."""
+        self._arriving = {}
+        sliced = any(key.startswith(f"{prefix}slicefine_journal.") for key in state_dict)
+        if sliced and f"{prefix}base_layer.weight" in state_dict:
+            names = self.applied if self.requested is None else self.requested
+            self.apply_only([])
+            self.requested = names
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+    def _take_out_arrived(self) -> None:
+        """Restore what the slices of a loaded weight replaced; their journal, still staged, says where they are."""
+        arrived, self._arriving = self._arriving, {}
+        for name, values in arrived.items():
+            if self._base_weight.is_meta or self.requested is None or "journal" not in self.states[name].staged:
+                continue
+            visits = read_table(self.states[name].staged["journal"])
+            blocks = list(dict.fromkeys(visit.slice for visit in visits))
+            lengths = [line_length(block.axis, self.shape) for block in blocks]
+            parts = torch.split(values, [block.width * length for block, length in zip(blocks, lengths, strict=True)])
+            for block, length, part in zip(blocks, lengths, parts, strict=True):
+                write_block(self.dense(), block, part.reshape(-1, length))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise UnsupportedError(
+            f"{self.label}: nn.DataParallel copies the layers in each forward, and a copy cannot train a slice in "
+            "place. Start one process per GPU (torchrun or accelerate launch), or show one GPU only: "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
         synced = {name for name in self.states if self._in_sync(name)}
@@ -455,7 +479,7 @@ class SliceLinear(nn.Module):
             return cast(Tensor, refused)
         state = self.states[trained[0]]
         owner = None if torch.compiler.is_compiling() else self
-        return track_slice(y, x, self.slicefine_active[trained[0]], state.index, state.journal.active.axis, owner)
+        return track_slice(y, x, self.slicefine_active[trained[0]], state.index, state.axis, owner)
 
     def _check(self) -> None:
         if self.requested is not None and not self._base_weight.is_meta:
@@ -491,5 +515,9 @@ def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:
     assert isinstance(layer, SliceLinear)
+    layer._take_out_arrived()
+    names = layer.requested  # settling may forget them
     for name in list(layer.states):  # settling may reorder them
         layer._settle(name)
+    if names is not None:
+        layer.apply_only(names)

@@ -159,11 +159,8 @@ class Mover:
 
     def slices(self) -> dict[str, Slice]:
         """The active slice of every layer."""
-        return {
-            name: layer.states[self.name].journal.active
-            for name, layer in self.layers.items()
-            if self.name in layer.states and layer.states[self.name].journal.visits
-        }
+        journals = {name: layer.states[self.name].journal for name, layer in self._own().items()}
+        return {name: journal.active for name, journal in journals.items() if journal.visits}
 
     def begin_run(self, total_steps: int | None, done: int = 0) -> None:
         """Tell the run's length, and how many of its optimizer steps were done before (when resuming).
@@ -186,6 +183,8 @@ class Mover:
     def undo(self, moves: int = 1) -> None:
         """Take back the last visit or visits; see `Journal.undo`."""
         self._check_active()
+        for layer in self._with_adapter():  # all of them are checked before the first one changes
+            layer.states[self.name].journal.check_undo(moves)
         for _ in range(moves):
             for layer in self._with_adapter():
                 layer.undo(self.name)
@@ -280,7 +279,10 @@ class Mover:
                 state.previous = None
 
     def _move(self, to: Mapping[str, Slice], optimizers: list[Optimizer]) -> None:
-        layers = {n: layer for n, layer in self.layers.items() if self.name in layer.states}
+        layers = self._own()
+        unknown = sorted(to.keys() - layers.keys())
+        if unknown:
+            raise ConfigError(f"move: no sliced layer is named {unknown[0]!r}; the names are {sorted(layers)[:5]}, ...")
         self._check_active()
         self._check_finite(layers)
         blocks = {}  # all of them are checked before the first layer moves
@@ -303,8 +305,8 @@ class Mover:
     # -- guards ---------------------------------------------------------------------------------------------------
 
     def _check_active(self) -> None:
-        for name, layer in self.layers.items():
-            if self.name in layer.states and layer.applied != [self.name]:
+        for name, layer in self._own().items():
+            if layer.applied != [self.name]:
                 raise ConfigError(
                     f"{name}: the active adapters are {layer.applied}, but only {self.name!r} alone can be moved; call "
                     f"set_adapter({self.name!r}) first."
@@ -324,7 +326,7 @@ class Mover:
         reason = _REFUSED.get(name)
         if reason is not None:
             raise UnsupportedError(f"SliceFine does not work with {name}: {reason}. Use AdamW, SGD or Adafactor.")
-        padded = [n for n, layer in self.layers.items() if self.name in layer.states and self._padded(layer)]
+        padded = [name for name, layer in self._own().items() if self._padded(layer)]
         if name in _FACTORED and padded:
             raise UnsupportedError(
                 f"{name} averages over a whole parameter, and mode='alternate' pads the parameter of oblong layers "
@@ -375,9 +377,7 @@ class Mover:
                 UserWarning,
                 stacklevel=2,
             )
-        for name, layer in self.layers.items():
-            if self.name not in layer.states:
-                continue
+        for name, layer in self._own().items():
             wrap = wrap_visit(layer.states[self.name].schedule, layer.shape)
             if wrap is not None and due >= wrap and not self.warned:
                 self.warned = True
@@ -388,8 +388,13 @@ class Mover:
                     stacklevel=2,
                 )
 
+    def _own(self) -> dict[str, SliceLinear]:
+        """Layers that still have this mover's adapter, and not a later one of the same name."""
+        states = {name: layer.states.get(self.name) for name, layer in self.layers.items()}
+        return {name: self.layers[name] for name, state in states.items() if state is not None and state.mover is self}
+
     def _with_adapter(self) -> list[SliceLinear]:
-        return [layer for layer in self.layers.values() if self.name in layer.states]
+        return list(self._own().values())
 
     def _training(self) -> list[SliceLinear]:
         return [
@@ -440,7 +445,7 @@ def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
 def movers_of(model: torch.nn.Module) -> list[Mover]:
     """Movers of the slices inside ``model``, in the order in which the adapters were added."""
     layers = {id(module) for module in model.modules() if isinstance(module, SliceLinear)}
-    found = [mover for mover in _MOVERS if any(id(layer) in layers for layer in mover.layers.values())]
+    found = [mover for mover in _MOVERS if any(id(layer) in layers for layer in mover._with_adapter())]
     names = dict.fromkeys(name for module in model.modules() for name in getattr(module, "slicefine_active", ()))
     order = {name: i for i, name in enumerate(names)}
     return sorted(found, key=lambda mover: order.get(mover.name, math.inf))

@@ -7,15 +7,28 @@ has to be communicated between ranks and resuming needs only the journal (paper,
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import torch
 
 from .errors import ConfigError
 from .geometry import AXES, Slice, block_count, block_start
 
-__all__ = ["MODES", "POLICIES", "POSITIONS", "Moves", "Schedule", "plan_moves", "slice_at", "wrap_visit"]
+__all__ = [
+    "MODES",
+    "POLICIES",
+    "POSITIONS",
+    "Moves",
+    "PositionMap",
+    "Schedule",
+    "check_positions",
+    "given_starts",
+    "plan_moves",
+    "slice_at",
+    "wrap_visit",
+]
 
 MODES = ("row", "column", "alternate", "random_mask")
 POSITIONS = ("sweep", "random", "fixed")
@@ -23,7 +36,9 @@ POLICIES = ("reset", "rewarm", "keep")
 
 # visit number, layer name, (rows, columns) -> the slice to train
 PositionFunction = Callable[[int, str, tuple[int, int]], Slice]
-Positions = str | Sequence[int] | PositionFunction
+# layer name -> {"row" or "column": starts in the order of their turn}; a layer or orientation that is left out sweeps
+PositionMap = Mapping[str, Mapping[str, Sequence[int]]]
+Positions = str | Sequence[int] | PositionMap | PositionFunction
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,8 @@ class Schedule:
             or ``"random_mask"`` (Appendix K).
         row_rank, column_rank: slice rank r of each orientation.
         positions: ``"sweep"`` (index 0, stride = rank, wrap-around), ``"random"`` (seeded, covers everything
-            before repeating), ``"fixed"`` (never changes place), a list of starts used in turn, or a function
+            before repeating), ``"fixed"`` (never changes place), a list of starts used in turn, a mapping
+            ``{layer name: {"row" or "column": starts}}`` (what it leaves out sweeps), or a function
             ``(visit, layer name, shape) -> Slice``.
         mask_fraction: budget of the random mask as a fraction of the matrix; None means as many entries as a
             row slice of rank ``row_rank`` has.
@@ -63,10 +79,13 @@ class Schedule:
         if isinstance(self.positions, str) and self.positions not in POSITIONS:
             raise ConfigError(
                 f"positions={self.positions!r} is unknown; expected one of {', '.join(POSITIONS)}, "
-                "a list of start indices, or a function (visit, layer name, shape) -> Slice."
+                'a list of start indices, {layer: {"row" or "column": starts}}, or a function '
+                "(visit, layer name, shape) -> Slice."
             )
-        if not isinstance(self.positions, str) and not callable(self.positions) and len(self.positions) == 0:
-            raise ConfigError("positions=[] is an empty list; give at least one start index.")
+        if isinstance(self.positions, Mapping):
+            _check_map(self.positions)
+        elif not isinstance(self.positions, str) and not callable(self.positions):
+            _check_starts(self.positions)
         if self.mask_fraction is not None and not 0.0 < self.mask_fraction <= 1.0:
             raise ConfigError(f"mask_fraction={self.mask_fraction!r} must lie in (0, 1].")
 
@@ -121,13 +140,19 @@ def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str 
         return Slice(axis, _seed(schedule.seed, layer, draw), schedule.mask_count(shape))
     if callable(schedule.positions):
         chosen = schedule.positions(visit, layer, shape)
+        if not isinstance(chosen, Slice):
+            raise ConfigError(
+                f"positions function, layer {layer!r}, visit {visit}: it returned {chosen!r}; expected a "
+                'slicefine.Slice, for example Slice("row", 0, 5).'
+            )
         chosen.check(shape, f"positions function, layer {layer!r}, visit {visit}")
         return chosen
     size = shape[AXES.index(axis)]
     width = min(schedule.rank(axis), size)
     turn = visit // 2 if schedule.mode == "alternate" else visit  # each orientation has its own cycle
-    if not isinstance(schedule.positions, str):
-        chosen = Slice(axis, int(schedule.positions[turn % len(schedule.positions)]), width)
+    starts = given_starts(schedule, axis, layer)
+    if starts is not None:
+        chosen = Slice(axis, int(starts[turn % len(starts)]), width)
         chosen.check(shape, f"positions list, layer {layer!r}, visit {visit}")
         return chosen
     blocks = block_count(size, width)
@@ -138,6 +163,22 @@ def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str 
         generator = torch.Generator().manual_seed(_seed(schedule.seed, layer + axis, cycle))
         block = int(torch.randperm(blocks, generator=generator)[block])
     return Slice(axis, block_start(block, size, width), width)
+
+
+def given_starts(schedule: Schedule, axis: str, layer: str = "") -> Sequence[int] | None:
+    """The user's own starts of one orientation of a layer; None where a named order or a function decides."""
+    positions = schedule.positions
+    if isinstance(positions, str) or callable(positions):
+        return None
+    return positions.get(layer, {}).get(axis) if isinstance(positions, Mapping) else positions
+
+
+def check_positions(schedule: Schedule, shape: tuple[int, int], layer: str = "") -> None:
+    """Raise `ConfigError` if a start in the user's list lies outside the matrix: at once, not when its turn comes."""
+    for axis in {schedule.axis(0), schedule.axis(1)}:
+        starts = given_starts(schedule, axis, layer) or ()
+        for turn in range(len(starts)):
+            slice_at(schedule, 2 * turn + AXES.index(axis) if schedule.mode == "alternate" else turn, shape, layer)
 
 
 def wrap_visit(schedule: Schedule, shape: tuple[int, int]) -> int | None:
@@ -182,6 +223,21 @@ def plan_moves(moves: int, total_steps: int, minimum: int = 50) -> Moves:
     if positions == 1:
         return Moves(None, 0)
     return Moves(total_steps // positions, positions - 1)
+
+
+def _check_map(positions: PositionMap) -> None:
+    for layer, orders in positions.items():
+        if not isinstance(orders, Mapping) or not set(orders) <= set(AXES):
+            raise ConfigError(f'positions[{layer!r}]={orders!r}: expected {{"row" or "column": start indices}}.')
+        for starts in orders.values():
+            _check_starts(starts)
+
+
+def _check_starts(starts: object) -> None:
+    if not isinstance(starts, Sequence) or not all(isinstance(start, SupportsIndex) for start in starts):
+        raise ConfigError(f"positions={starts!r}: expected a name, a function, or a list of integer start indices.")
+    if len(starts) == 0:
+        raise ConfigError("positions=[] is an empty list; give at least one start index.")
 
 
 def _seed(seed: int, layer: str, number: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .layer import SliceLinear, supports
 from .mover import Mover, MoveSettings
 from .schedule import Positions, Schedule
 
-__all__ = ["FORMAT_VERSION", "SliceTuner", "attach", "match_layers"]
+__all__ = ["FORMAT_VERSION", "SliceTuner", "attach", "match_layers", "matches"]
 
 FORMAT_VERSION = 1
 _NAME = "default"
@@ -52,13 +52,10 @@ class SliceTuner:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model with its original weights, bit for bit, for as long as the context lasts."""
-        for layer in self.layers.values():
-            layer.apply_only([])
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for layer in self.layers.values():
-                layer.apply_only([_NAME])
+                stack.enter_context(layer.reverted())
+            yield
 
     def delta(self) -> Delta:
         """``{layer name: [(slice, trained - original), ...]}``, each entry counted once."""
@@ -161,7 +158,8 @@ def attach(
         >>> sum(p.numel() for p in tuner.parameters())
         32
     """
-    schedule = Schedule(mode, r_row or r, r_column or r, positions, mask_fraction, seed)
+    row, column = (r if rank is None else rank for rank in (r_row, r_column))
+    schedule = Schedule(mode, row, column, positions, mask_fraction, seed)
     settings = MoveSettings(**moves)
     if any(isinstance(module, SliceLinear) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
@@ -190,7 +188,7 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
     names = [
         name
         for name, module in model.named_modules()
-        if name and supports(module) and _matches(name, targets) and not (exclude and _matches(name, exclude))
+        if name and supports(module) and matches(name, targets) and not (exclude and matches(name, exclude))
     ]
     if not names:
         some = [n for n, m in model.named_modules() if supports(m)][:5]
@@ -212,7 +210,8 @@ def shared_names(model: nn.Module, weight: Any) -> list[str]:
     return [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
 
 
-def _matches(name: str, targets: str | Sequence[str]) -> bool:
+def matches(name: str, targets: str | Sequence[str]) -> bool:
+    """Whether a layer's full name is chosen by ``"all-linear"``, a regular expression, or name endings."""
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)

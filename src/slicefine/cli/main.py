@@ -9,7 +9,10 @@ from ..errors import SliceFineError
 
 __all__ = ["main"]
 
-_FLAGS = ("dry_run", "quiet", "overwrite", "resume")
+_FLAGS = (
+    *("dry_run", "quiet", "overwrite", "resume", "verify"),
+    *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'slicefine: {error}; the command line needs it. Run: pip install "slicefine[train]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("slicefine: interrupted", file=sys.stderr)
+        print("slicefine: interrupted; a run that has a checkpoint goes on with --resume", file=sys.stderr)
         return 130
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ class SliceFineConfig(PeftConfig):
             block, and so on) or ``"random_mask"`` (single entries, paper Appendix K).
         r_row, r_column: rank per orientation; ``r`` where not given.
         positions: ``"sweep"`` (index 0, stride r, wrap-around), ``"random"`` (seeded, covers everything before
-            repeating), ``"fixed"`` (static), a list of start indices, or a function
+            repeating), ``"fixed"`` (static), a list of start indices, `slicefine.energy_positions` of some batches
+            (columns with the largest inputs first; any ``{layer name: {"row" or "column": starts}}``), or a function
             ``(visit, layer name, (rows, columns)) -> Slice``.
         mask_fraction: budget of the random mask; None means the count of a rank-r row slice.
         moves: number of moves, spread evenly over the run; fewer if a position would get less than
@@ -75,7 +77,7 @@ class SliceFineConfig(PeftConfig):
     mode: str = field(default="alternate", metadata={"help": "row, column, alternate or random_mask."})
     r_row: int | None = field(default=None, metadata={"help": "Rank of row slices; r if None."})
     r_column: int | None = field(default=None, metadata={"help": "Rank of column slices; r if None."})
-    positions: Any = field(default="sweep", metadata={"help": "sweep, random, fixed, a list, or a function."})
+    positions: Any = field(default="sweep", metadata={"help": "sweep, random, fixed, starts, or a function."})
     mask_fraction: float | None = field(default=None, metadata={"help": "Budget of random_mask."})
     moves: int | None = field(default=8, metadata={"help": "Number of moves, spread evenly over the run."})
     interval: int | None = field(default=None, metadata={"help": "Steps between moves, instead of moves."})
@@ -140,6 +142,9 @@ class SliceFineConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, with a position function left out: code does not belong in a file."""
         result: dict[str, Any] = super().to_dict()
-        if callable(result.get("positions")):
+        positions = result.get("positions")
+        if callable(positions):
             result["positions"] = "sweep"
+        elif isinstance(positions, Sequence) and not isinstance(positions, str):
+            result["positions"] = [int(start) for start in positions]  # a range, say
         return result

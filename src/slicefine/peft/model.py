@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
-from ..layer import SliceLinear, supports
+from ..layer import SliceLinear, is_hidden, supports
 from ..mover import Mover
 from ..schedule import Schedule
+from ..state import ORIGINALS
 from ..tuner import shared_names
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
@@ -58,9 +59,11 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if next(_sliced_layers(model, adapter_name), None) is not None:
             raise ConfigError(f"adapter {adapter_name!r} exists already; delete it first or choose another name.")
         self._clamped: dict[str, int] = {}
+        self._hidden: list[str] = []
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._report_hidden(none_left=next(_sliced_layers(model, adapter_name), None) is None)
         except Exception:
             _remove_adapter(model, adapter_name)
             for parameter in trained:
@@ -74,6 +77,18 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 stacklevel=2,
             )
         self._make_mover(model, adapter_name, config)
+
+    def _report_hidden(self, none_left: bool) -> None:
+        """Say which layers are left out because nn.MultiheadAttention uses their weight without calling them."""
+        if not self._hidden:
+            return
+        message = (
+            f"SliceFine: nn.MultiheadAttention uses the weight of {', '.join(self._hidden[:5])} without calling the "
+            f"layer ({len(self._hidden)} in all), so a slice of it would get no gradient."
+        )
+        if none_left:
+            raise UnsupportedError(f"{message} Choose other target_modules.")
+        warnings.warn(f"{message} It is left as it is.", UserWarning, stacklevel=3)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -110,6 +125,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if parameter_name is not None:
             raise UnsupportedError("SliceFine does not support target_parameters yet; use target_modules.")
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if is_hidden(base):
+            self._hidden.append(current_key)
+            return
         if not supports(base):
             raise UnsupportedError(
                 f"{current_key}: SliceFine trains nn.Linear and Conv1D layers with a floating-point weight, not "
@@ -268,6 +286,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         result: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        result = {key: tensor for key, tensor in result.items() if f".{cls.prefix}{ORIGINALS}" not in key}
         layout: dict[str, dict[str, list[int]]] = {}
         for _, layer in layers:
             tensors = layer.file_tensors(adapter_name)
@@ -286,7 +305,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         """
         prefix = "base_model.model."
         renamed = dict(state_dict)
-        unused = {key for key in state_dict if f".{cls.prefix}" in key and ".base_layer." not in key}
+        apart = (".base_layer.", f".{cls.prefix}{ORIGINALS}.")
+        unused = {key for key in state_dict if f".{cls.prefix}" in key and not any(part in key for part in apart)}
         for name, layer in _sliced_layers(model, adapter_name):
             own: dict[str, Tensor] = {}
             for kind in ("active", *KINDS):

@@ -76,6 +76,11 @@ class CausalLM:
         from transformers import AutoModelForCausalLM
 
         loaded = load_model(AutoModelForCausalLM, self.model)
+        if loaded.new_modules and self.model.config is None:
+            raise ConfigError(
+                f"model.path={self.model.path!r} is no language model: it has no weights for "
+                f"{', '.join(loaded.new_modules)}. Choose a model that was trained to write text, or another task.name."
+            )
         loaded.processor = load_tokenizer(self.model)
         return loaded
 

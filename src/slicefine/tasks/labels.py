@@ -8,6 +8,8 @@ from ..errors import DataError
 
 __all__ = ["check_labels", "class_names", "label_numbers"]
 
+_MANY = 10_000  # a label above this must not exceed the number of rows either
+
 
 def class_names(splits: dict[str, Any], column: str, given: list[str] | None) -> list[str]:
     """Names of the classes: given in the recipe, stored with the data set, or seen in its first split.
@@ -25,6 +27,11 @@ def class_names(splits: dict[str, Any], column: str, given: list[str] | None) ->
     _check_kind(values, column, next(iter(splits)))
     if isinstance(values[0], str):
         return sorted(set(values))
+    if max(values) >= max(_MANY, len(values)):  # a head of that many classes would fill the memory
+        raise DataError(
+            f"{next(iter(splits))} set, row {values.index(max(values))}: label {max(values)} in column {column!r} is "
+            "no class number. Number the classes from 0, or choose another column with data.columns.label."
+        )
     return [str(number) for number in range(max(values) + 1)]
 
 
@@ -35,7 +42,10 @@ def check_labels(splits: dict[str, Any], column: str, names: list[str]) -> None:
         DataError: naming split, row and label.
     """
     if len(names) < 2:
-        raise DataError(f"column {column!r} holds {len(names)} class only; a classification needs at least 2.")
+        raise DataError(
+            f"column {column!r} holds {len(names)} class only; a classification needs at least 2. Choose another "
+            "column with data.columns.label, or name all classes with task.labels."
+        )
     for split, dataset in splits.items():
         values = list(dataset[column])
         _check_kind(values, column, split)
@@ -56,6 +66,13 @@ def label_numbers(values: list[Any], names: list[str]) -> list[int | None]:
 
 def _check_kind(values: list[Any], column: str, split: str) -> None:
     for row, value in enumerate(values):
+        if value is None:
+            raise DataError(f"{split} set, row {row}: column {column!r} holds no label. Fill it in, or drop the row.")
+        if isinstance(value, str) != isinstance(values[0], str):
+            raise DataError(
+                f"{split} set, row {row}: label {value!r} in column {column!r} is a {type(value).__name__}, row 0 "
+                f"holds a {type(values[0]).__name__}; expected one kind. Make them all integers, or all strings."
+            )
         if not isinstance(value, int | str):
             raise DataError(
                 f"{split} set, row {row}: label {value!r} in column {column!r} is a {type(value).__name__}; expected "

@@ -86,6 +86,11 @@ def load_tokenizer(settings: ModelSettings) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"no tokenizer can be loaded from {name!r}: {error} Set model.tokenizer.") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers makes an empty one up
+        raise ConfigError(
+            f"no tokenizer can be loaded from {name!r}: it holds no vocabulary. Copy the tokenizer's files there, or "
+            "set model.tokenizer."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ LOADERS = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "json": "json", "js
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
-def load_splits(settings: DataSettings) -> dict[str, Any]:
+def load_splits(settings: DataSettings, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """``{"train": dataset, "validation": ..., "test": ...}``, limited; validation and test may be missing.
+
+    Args:
+        settings: the data.
+        check: is given the splits before rows are held out and drawn, so that row numbers are those of the files.
 
     Raises:
         DataError: if the data is not found, cannot be read, or holds no rows.
@@ -35,6 +40,8 @@ def load_splits(settings: DataSettings) -> dict[str, Any]:
             raise DataError(
                 f"data.path={settings.path!r}: the data set is empty (0 rows in {name}); give a file with rows in it."
             )
+    if check is not None:
+        check(splits)
     return _limit(_hold_out(splits, settings), settings)
 
 
@@ -69,7 +76,10 @@ def _loader(path: Path) -> str | None:
 
 def _local(settings: DataSettings, path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise DataError(f"data.path={settings.path!r}: no such file or folder (looked in {Path.cwd()}).")
+        raise DataError(
+            f"data.path={settings.path!r}: no such file or folder (looked in {Path.cwd()}). Give data.path the folder "
+            "or file where the data is now."
+        )
     if path.is_file():
         files = {"train": path, **{k: Path(v) for k, v in _given(settings).items() if k != "train"}}
     else:
@@ -105,15 +115,15 @@ def _read(file: Path) -> Any:
     if not file.is_file() or loader is None:
         raise DataError(f"{file}: no such file, or not one of {', '.join(LOADERS)} (or .gz of it).")
     if file.stat().st_size == 0:
-        raise DataError(f"{file}: the file is empty (0 bytes).")
+        raise DataError(f"{file}: the file is empty (0 bytes); give a file with rows in it.")
     options = {"sep": "\t"} if ".tsv" in file.suffixes else {}
     try:
         return load_dataset(loader, data_files=str(file), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError, KeyError) as error:
         if "no data" in str(error):  # the datasets library makes no split of a file with a header only
             raise DataError(f"{file}: the data set is empty (0 rows); give a file with rows in it.") from error
-        cause = error.__cause__ or error
-        raise DataError(f"{file}: cannot be read as {loader}: {cause}") from error
+        cause = str(error.__cause__ or error).strip().rstrip(".")
+        raise DataError(f"{file}: cannot be read as {loader}: {cause}. Correct the file, or write it anew.") from error
 
 
 def _hub(settings: DataSettings) -> dict[str, Any]:

@@ -134,16 +134,22 @@ class TextRegression(_SequenceTask):
 
 
 def check_texts(splits: dict[str, Any], columns: list[str]) -> None:
-    """Check that text columns hold strings.
+    """Check that text columns hold strings, and not blanks alone.
 
     Raises:
         DataError: naming split, row and value.
     """
     for split, dataset in splits.items():
         for column in columns:
+            empty = True
             for row, value in enumerate(dataset[column]):
                 if not isinstance(value, str):
                     raise DataError(
                         f"{split} set, row {row}: column {column!r} holds {value!r} ({type(value).__name__}); expected "
                         "text. Drop the row, or choose another column."
                     )
+                empty = empty and not value.strip()
+            if empty:
+                raise DataError(
+                    f"{split} set: every text in column {column!r} is empty. Choose another column, or fill it in."
+                )

@@ -52,6 +52,7 @@ def evaluate(
 
     Raises:
         AdapterFileError: if the adapter is missing or corrupt.
+        ConfigError: if a setting is wrong, or the file for the metrics cannot be written.
         DataError: if the data has no such split, or cannot be used.
 
     Example:
@@ -60,6 +61,10 @@ def evaluate(
     """
     if split not in _SPLITS:
         raise ConfigError(f"data.split={split!r} is unknown; expected one of {', '.join(_SPLITS)}.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size!r} must be at least 1.")
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise ConfigError(f"output={output!r} is no file in an existing folder. Give a file name for the metrics.")
     trained = load_trained(Path(adapter), model)
     data = _data(trained.data, split, path, name, file, limit)
     splits = load_splits(data)
@@ -71,7 +76,11 @@ def evaluate(
     metrics = _predict(trained, prepared, split, batch_size)
     _print(metrics, f"{split} set of {data.path}, {len(chosen[split]):,} rows", console or Console())
     if output is not None:
-        write_json(Path(output), {"adapter": adapter, "split": split, "metrics": metrics, **environment()})
+        content = {"adapter": adapter, "split": split, "metrics": metrics, **environment()}
+        try:
+            write_json(Path(output), content)
+        except OSError as error:
+            raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a file that can be.") from error
     return metrics
 
 
@@ -92,6 +101,10 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
         raise ConfigError(f"output={output!r} exists and is not empty. Choose another folder, or give overwrite=true.")
     run = read_run(Path(adapter))
+    if run["folder"].resolve().is_relative_to(target.resolve()):
+        raise ConfigError(
+            f"output={output!r} holds the adapter itself, which would be replaced. Choose another folder."
+        )
     trained = load_trained(Path(adapter), model)
     whole = trained.model.merge_and_unload() if run["adapter"] else trained.model
     try:
@@ -140,7 +153,7 @@ def _data(
 
 
 def _print(metrics: dict[str, float], title: str, console: Console) -> None:
-    table = Table(title=title, show_header=False)
+    table = Table(title=title, show_header=False, min_width=min(len(title), console.width))
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     console.print(table)

@@ -60,10 +60,11 @@ def open_folder(settings: TrainSettings) -> RunFolder:
     """
     checkpoint = _find_checkpoint(settings)
     path = _output(settings, checkpoint)
-    if checkpoint is None and not settings.overwrite and (path / RESULTS).exists():
+    earlier = "results" if (path / RESULTS).exists() else "checkpoints" if _checkpoints(path) else None
+    if checkpoint is None and not settings.overwrite and earlier is not None:
         raise ConfigError(
-            f"output={str(path)!r} holds the results of an earlier run. Choose another folder, go on with resume=true, "
-            "or replace them with overwrite=true."
+            f"output={str(path)!r} holds the {earlier} of an earlier run. Choose another folder, go on with "
+            "resume=true, or replace them with overwrite=true."
         )
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -117,7 +118,7 @@ def _find_checkpoint(settings: TrainSettings) -> Path | None:
     folder = folder.expanduser()
     if _is_checkpoint(folder):
         return folder
-    found = [path for path in (folder / CHECKPOINTS).glob("checkpoint-*") if _is_checkpoint(path)]
+    found = _checkpoints(folder)
     if not found:
         state = "is no folder" if not folder.is_dir() else "holds no whole checkpoint"
         raise ConfigError(
@@ -125,6 +126,10 @@ def _find_checkpoint(settings: TrainSettings) -> Path | None:
             f"{CHECKPOINTS}/checkpoint-N folders; or leave resume out to start anew."
         )
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [path for path in (output / CHECKPOINTS).glob("checkpoint-*") if _is_checkpoint(path)]
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -36,7 +36,11 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"slice.target_modules={settings.slice.target_modules!r}: {error}") from error
+        names = sorted({name.rpartition(".")[2] for name, module in loaded.model.named_modules() if _is_matrix(module)})
+        raise ConfigError(
+            f"slice.target_modules={settings.slice.target_modules!r}: {error} The linear layers of this model are "
+            f"called {', '.join(names[:20])}."
+        ) from error
 
 
 def new_parameters(model: Any, loaded: Loaded) -> list[Any]:
@@ -62,6 +66,10 @@ def tensor_counts(model: Any, loaded: Loaded) -> dict[str, int]:
     if movers:
         trained = sum(mover.active_entries() for mover in movers) + head
     return {"trainable": trained, "head": head, "total": total, "added": adapter}
+
+
+def _is_matrix(module: Any) -> bool:
+    return getattr(getattr(module, "weight", None), "ndim", 0) == 2 and type(module).__name__ in ("Linear", "Conv1D")
 
 
 def _head_only(loaded: Loaded, task: Task) -> Any:

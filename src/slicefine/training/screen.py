@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -22,6 +23,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs its errors and raises them as well
     for module in ("transformers", "peft", "torch.utils.data"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
@@ -71,9 +73,11 @@ class Screen(TrainerCallback):  # type: ignore[misc]
         value, loss = (metrics or {}).get(f"eval_{self.metric}"), (metrics or {}).get("eval_loss")
         if value is None:
             return
-        train = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
+        train = next(
+            (f"loss {float(entry['loss']):.3f}  " for entry in reversed(state.log_history) if "loss" in entry), ""
+        )
         self.console.print(
-            f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.1f}  loss {float(train):.3f}  "
+            f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.1f}  {train}"
             f"validation {loss:.3f}  {self.metric} {value:.4f}",
             highlight=False,
             soft_wrap=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import ConfigError
@@ -61,9 +62,11 @@ class Session:
         callbacks: list[Any] = [self.record]
         if settings.training.early_stopping is not None:
             callbacks.append(EarlyStoppingCallback(settings.training.early_stopping))
+        arguments = _arguments(self, folder)
+        _check_reports(arguments.report_to)
         trainer = SliceTrainer(
             model=self.model,
-            args=_arguments(self, folder),
+            args=arguments,
             data_collator=self.prepared.collator,
             train_dataset=splits.get("train"),
             eval_dataset=splits.get("validation"),
@@ -89,9 +92,7 @@ def open_task(settings: TrainSettings) -> tuple[Task, dict[str, Any]]:
         DataError: if the data is missing, empty, or not what the task needs.
     """
     task = get_task(settings.task, settings.model, settings.data)
-    splits = load_splits(settings.data)
-    task.read(splits)
-    return task, splits
+    return task, load_splits(settings.data, check=task.read)
 
 
 def build(settings: TrainSettings) -> Session:
@@ -129,6 +130,15 @@ def measure(trainer: Any, task: Task, rows: Any) -> dict[str, float]:
     """All metrics of a task, and the loss, on a prepared data set."""
     found = trainer.predict(rows, metric_key_prefix="x").metrics
     return {name: float(found[f"x_{name}"]) for name in (*task.metrics, "loss") if f"x_{name}" in found}
+
+
+def _check_reports(names: Any) -> None:
+    """Each integration raises at construction if its package is missing; the Trainer would pass that on as it is."""
+    try:
+        for callback in get_reporting_integration_callbacks(names):  # type: ignore[no-untyped-call]
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"training.report_to={names!r}: {error}") from error
 
 
 def _arguments(session: Session, folder: str) -> TrainingArguments:

@@ -118,7 +118,7 @@ class TrainingSettings:
         save_limit: checkpoints to keep, beside the best one.
         group_by_length: batch texts of similar length, which saves padding.
         logging_steps: optimizer steps between entries of the loss curve.
-        report_to: tensorboard, wandb, or any other that transformers knows.
+        report_to: tensorboard, wandb, or any other that transformers knows; one or a list.
         workers: processes that prepare batches.
     """
 
@@ -145,7 +145,7 @@ class TrainingSettings:
     save_limit: int = 1
     group_by_length: bool = True
     logging_steps: int = 10
-    report_to: list[str] = field(default_factory=list)
+    report_to: list[str] | str = field(default_factory=list)
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -160,6 +160,11 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):
                 raise ConfigError(f"training.{name}={value!r} must be positive.")
+        for name in ("weight_decay", "max_grad_norm", "workers"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"training.{name}={getattr(self, name)!r} must not be negative.")
+        if not 0.0 <= self.warmup_ratio <= 1.0:
+            raise ConfigError(f"training.warmup_ratio={self.warmup_ratio!r} must lie in [0, 1]: a share of the steps.")
         if self.epochs <= 0 and self.max_steps is None:
             raise ConfigError(f"training.epochs={self.epochs!r} must be positive, or give training.max_steps.")
         self._check_evaluation()

@@ -74,6 +74,9 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path}: not readable as JSON ({error}); the file is corrupt.") from error
     if not isinstance(content, dict) or content.get("version") != FORMAT_VERSION:
         raise AdapterFileError(f"{path}: expected version {FORMAT_VERSION}; update slicefine, or train again.")
+    missing = {"adapter", "model", "data", "task", "state"} - content.keys()
+    if missing:
+        raise AdapterFileError(f"{path}: {', '.join(sorted(missing))} is missing; the file is corrupt. Train again.")
     return {**content, "folder": path.parent}
 
 

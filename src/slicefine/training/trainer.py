@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from ..errors import NumericalError
+from ..errors import ConfigError, NumericalError
 from ..mover import movers_of
 
 __all__ = ["Record", "SliceTrainer"]
@@ -25,7 +25,11 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', then the head's parameters go into groups with their own rate."""
         fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        try:
+            optimizer = super().create_optimizer(model)
+        except ImportError as error:
+            name = getattr(self.args.optim, "value", self.args.optim)
+            raise ConfigError(f"training.optimizer={name!r}: {error}") from error
         if fresh and self._head_rate is not None:
             for group in list(optimizer.param_groups):
                 head = [p for p in group["params"] if id(p) in self._head]
@@ -45,6 +49,18 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
                 "or look for bad rows in the data."
             )
         return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; raises `NumericalError` before a model that is no longer sound is saved."""
+        found = super().evaluation_loop(*args, **kwargs)
+        loss = (found.metrics or {}).get(f"{kwargs.get('metric_key_prefix', 'eval')}_loss", 0.0)
+        if math.isnan(loss):
+            raise NumericalError(
+                f"evaluation after step {self.state.global_step}: the loss is {loss}. Nothing was saved after the last "
+                "whole checkpoint. Lower training.learning_rate, clip gradients (training.max_grad_norm), switch bf16 "
+                "off, or look for bad rows in the data."
+            )
+        return found
 
 
 class Record(TrainerCallback):  # type: ignore[misc]

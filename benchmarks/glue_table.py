@@ -1,0 +1,146 @@
+"""The comparison on GLUE: `slicefine train` with the committed recipes, each method with a rate of its own.
+
+Every run is `slicefine train --config recipes/TASK.yaml` with flags. For each method and task the learning rate with
+the best *validation* metric on the first seed is taken; the other seeds run at that rate. Test metrics are read for
+the chosen rates only. Finished runs are kept in the results file, so an interrupted table goes on where it stopped.
+
+    python benchmarks/glue_table.py --data DATA/glue --out benchmarks/results/glue_minilm.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# optimizer steps and the longest text, so that the table fits two cores; the recipes themselves run longer
+CAPS = {"mrpc": (200, 64), "sst2": (300, 48), "cola": (400, 48), "rte": (140, 64)}
+METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
+    "head": (["--method.name", "head"], (3e-3, 1e-2)),
+    "SliceFine 1R": (["--slice.mode", "row", "--slice.r", "1"], (2e-3, 5e-3)),
+    "SliceFine 5R": (["--slice.mode", "row", "--slice.r", "5"], (1e-3, 2e-3, 5e-3)),
+    "SliceFine 5C": (["--slice.mode", "column", "--slice.r", "5"], (1e-3, 2e-3, 5e-3)),
+    "SliceFine 5RC": (["--slice.mode", "alternate", "--slice.r", "5"], (1e-3, 2e-3, 5e-3)),
+    "LoRA r=8": (["--method.name", "lora", "--method.lora_r", "8"], (5e-4, 1e-3, 2e-3)),
+    "full": (["--method.name", "full", "--training.head_learning_rate", "1e-3"], (5e-5, 1e-4, 2e-4)),
+}
+
+Job = tuple[str, str, float, int]  # task, method, learning rate, seed
+
+
+def run(job: Job, data: str, smoke: bool) -> dict[str, Any]:
+    """One `slicefine train` in this process, on one thread."""
+    import torch
+
+    from slicefine.cli.main import main
+
+    torch.set_num_threads(1)
+    task, method, rate, seed = job
+    steps, length = (4, 16) if smoke else CAPS[task]
+    with tempfile.TemporaryDirectory() as output:
+        words = ["train", "--config", str(RECIPES / f"{task}.yaml"), "--data.path", str(Path(data, task))]
+        words += ["--output", output, "--overwrite", "--quiet", "--verify", "false", "--task.max_length", str(length)]
+        words += ["--training.max_steps", str(steps), "--training.seed", str(seed), "--training.evaluate", "no"]
+        words += ["--training.load_best", "false", "--training.evaluate_before", "false"]
+        words += ["--training.learning_rate", str(rate), *METHODS[method][0]]
+        if smoke:
+            words += ["--data.limit_train", "64", "--data.limit_validation", "16", "--data.limit_test", "16"]
+        status = main(words)
+        if status != 0:
+            raise RuntimeError(f"{' '.join(words)}: exit status {status}")
+        report = json.loads(Path(output, "metrics.json").read_text())
+    name = report["metric"]
+    return {
+        "job": list(job),
+        "metric": name,
+        "validation": report["after"]["validation"][name],
+        "test": report["after"]["test"][name],
+        "counts": report["counts"],
+        "moves": len(report["moves"]),
+        "steps": report["steps"],
+        "file_bytes": report["file_bytes"],
+        "train_seconds": round(report["train_seconds"], 1),
+    }
+
+
+def finish(jobs: list[Job], results: dict[Job, Any], args: argparse.Namespace, save: Any) -> None:
+    """Run what is missing, a worker process per core."""
+    missing = [job for job in jobs if job not in results]
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, job, args.data, args.smoke) for job in missing]):
+            result = future.result()
+            results[tuple(result["job"])] = result
+            save()
+
+
+def chosen_rate(task: str, method: str, results: dict[Job, Any]) -> float:
+    """The rate with the best validation metric on seed 0."""
+    return max(METHODS[method][1], key=lambda rate: results[task, method, rate, 0]["validation"])
+
+
+def table(tasks: list[str], methods: list[str], seeds: int, results: dict[Job, Any]) -> Iterator[str]:
+    """The table in Markdown: mean and, over several seeds, standard deviation of the test metric, in percent."""
+    metrics = {t: results[t, methods[0], METHODS[methods[0]][1][0], 0]["metric"] for t in tasks}
+    yield "| method | " + " | ".join(f"{t} ({metrics[t]})" for t in tasks) + " | mean | active | changed | file |"
+    yield "|---|" + "---|" * (len(tasks) + 4)
+    for method in methods:
+        cells, means = [], []
+        for task in tasks:
+            rate = chosen_rate(task, method, results)
+            scores = [100 * results[task, method, rate, seed]["test"] for seed in range(seeds)]
+            spread = f" ± {statistics.stdev(scores):.1f}" if seeds > 1 else ""
+            cells.append(f"{statistics.mean(scores):.1f}{spread} @{rate:g}")
+            means.append(statistics.mean(scores))
+        last = results[tasks[0], method, chosen_rate(tasks[0], method, results), 0]
+        counts = last["counts"]
+        cells += [f"{statistics.mean(means):.1f}", f"{counts['trainable']:,}", f"{counts['changed']:,}"]
+        yield f"| {method} | " + " | ".join(cells) + f" | {last['file_bytes'] / 2**20:.1f} MiB |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with one folder per task")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=list(CAPS), default=list(CAPS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="four steps on a few rows, to try the script")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results: dict[Job, Any] = {}
+    if args.out.exists():
+        results = {tuple(r["job"]): r for r in json.loads(args.out.read_text())["runs"]}
+
+    def save() -> None:
+        import slicefine
+
+        record = {
+            "command": "python benchmarks/glue_table.py --data DATA/glue --out benchmarks/results/glue_minilm.json",
+            "date": time.strftime("%Y-%m-%d"),
+            "slicefine": slicefine.__version__,
+            "processor": platform.processor() or platform.machine(),
+            "caps": {task: dict(zip(("steps", "max_length"), cap, strict=True)) for task, cap in CAPS.items()},
+            "runs": [results[job] for job in sorted(results)],
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    pairs = [(task, method) for task in args.tasks for method in args.methods]
+    finish([(t, m, rate, 0) for t, m in pairs for rate in METHODS[m][1]], results, args, save)
+    finish([(t, m, chosen_rate(t, m, results), s) for t, m in pairs for s in range(1, args.seeds)], results, args, save)
+    print("\n".join(table(args.tasks, args.methods, args.seeds, results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a layer keeps for each adapter, and the modules through which its tensors enter and leave state dicts."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .journal import Journal
+from .schedule import Schedule
+
+__all__ = ["ORIGINALS", "AdapterState", "AdapterTensors", "new_stamp"]
+
+ORIGINALS = "originals"  # one more kind of tensor, for state dicts that hold whole weights; never in an adapter file
+_STAMPS = itertools.count(1)
+
+
+def new_stamp() -> int:
+    """A number that no weight's content had before in this process."""
+    return next(_STAMPS)
+
+
+class AdapterState:
+    """State of one adapter on one layer, beside its parameter: schedule, journal, index, and what is in sync."""
+
+    def __init__(self, schedule: Schedule, layer_name: str, history: int) -> None:
+        self.schedule = schedule
+        self.layer_name = layer_name
+        self.journal = Journal(history)
+        self.index = torch.empty(0, dtype=torch.int64)
+        self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
+        self.stamp = new_stamp()
+        self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
+        self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
+        self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
+        self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
+        self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
+        self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
+
+
+class AdapterTensors(nn.Module):
+    """Input and output of one kind of file tensor; shapes follow the run, so nothing is stored here."""
+
+    def __init__(self, owner: Any, kind: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "_owner", owner)  # not a child module: the owner contains this one
+        self._kind = kind
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name in list(self._owner.states):
+            tensor = self._owner.state_tensor(name, self._kind)
+            if tensor is not None:
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in list(self._owner.states):
+            if prefix + name in state_dict:
+                self._owner.stage(name, self._kind, state_dict[prefix + name])
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self.__dict__.get("_owner")
+        if owner is not None and name in owner.states:
+            return owner.state_tensor(name, self._kind)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in getattr(self.__dict__.get("_owner"), "states", {}):
+            self._owner.stage(name, self._kind, value)
+        else:
+            super().__setattr__(name, value)
