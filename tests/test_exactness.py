@@ -31,7 +31,7 @@ def make_optimizer(name, parameters):
 
 def fast(schedule, policy, dtype, **settings):
     model = mlp(dtype=dtype)
-    options = {"interval": INTERVAL, "policy": policy, "rewarm_steps": REWARM} | settings
+    options = {"interval": INTERVAL, "state_policy": policy, "rewarm_steps": REWARM} | settings
     tuner = attach(
         model,
         mode=schedule.mode,

@@ -339,7 +339,7 @@ def test_a_rewarmed_update_keeps_its_precision_over_bfloat16():
     model = nn.Sequential(nn.Linear(4, 2, bias=False)).to(torch.bfloat16)
     with torch.no_grad():
         model[0].weight.fill_(1.0)
-    tuner = attach(model, mode="row", r=1, interval=1000, policy="rewarm", rewarm_steps=100)
+    tuner = attach(model, mode="row", r=1, interval=1000, state_policy="rewarm", rewarm_steps=100)
     tuner.move()
     (parameter,) = tuner.parameters()
     optimizer = torch.optim.SGD([parameter], lr=1e-4)
@@ -395,7 +395,7 @@ def test_a_replaced_parameter_object_reaches_the_weight():
 
 def test_the_rewarm_memory_follows_a_loaded_parameter_with_padding():
     model = mlp(dtype=torch.float32)
-    tuner = attach(model, mode="alternate", r=2, interval=3, policy="rewarm", rewarm_steps=50)
+    tuner = attach(model, mode="alternate", r=2, interval=3, state_policy="rewarm", rewarm_steps=50)
     optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
     for x, y in batches(4, dtype=torch.float32):
         step(model, optimizer, x, y)

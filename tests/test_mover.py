@@ -133,7 +133,7 @@ def test_moves_0_stays_put():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy": "forget"}, "policy='forget' is unknown; expected one of reset, rewarm, keep"),
+        ({"state_policy": "forget"}, "state_policy='forget' is unknown; expected one of reset, rewarm, keep"),
         ({"interval": 0}, "interval=0 must be an integer of at least 1"),
         ({"moves": -1}, "moves=-1 must be an integer of at least 0"),
         ({"moves": 2.0}, "moves=2.0 must be an integer"),
@@ -484,7 +484,7 @@ def test_a_slice_that_is_not_finite_is_not_committed(value):
 @pytest.mark.parametrize("policy", ["reset", "rewarm", "keep"])
 @pytest.mark.parametrize("name", ["SGD momentum", "AdamW", "AdamW fused", "RMSprop"])
 def test_padding_never_has_gradient_decay_or_norm(name, policy):
-    model, tuner = make(interval=3, policy=policy, rewarm_steps=2)
+    model, tuner = make(interval=3, state_policy=policy, rewarm_steps=2)
     optimizer = OPTIMIZERS[name](tuner.parameters())
     padded = 0
     for x, y in batches(14):

@@ -14,9 +14,21 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
-from cli_helpers import recipe, review, save_bert, save_images, save_llama, save_reviews, save_vit, write_rows
+from cli_helpers import (
+    BAD,
+    GOOD,
+    recipe,
+    review,
+    save_bert,
+    save_images,
+    save_llama,
+    save_reviews,
+    save_vit,
+    write_rows,
+)
+from slicefine.energy import input_energy
 from slicefine.errors import AdapterFileError, ConfigError, DataError, NumericalError
-from slicefine.geometry import Slice
+from slicefine.geometry import Slice, block_start
 from slicefine.training import run as run_module
 from slicefine.training import session as session_module
 from slicefine.training.contents import read_contents
@@ -81,6 +93,32 @@ def test_the_output_folder_holds_exactly_the_results(done: tuple[Path, dict[str,
     assert {"torch", "peft", "slicefine"} <= set(metrics["versions"])
     assert metrics["device"]
     assert metrics["command"]
+
+
+@pytest.mark.parametrize(("mode", "measured"), [("column", True), ("alternate", True), ("row", False)])
+def test_column_positions_follow_the_energy_of_the_training_data(bert: str, tmp_path: Path, mode: str, measured: bool):
+    words = [f"{(GOOD, BAD)[i % 2][i // 2 % 4]} film" for i in range(64)]  # of one length: no padding
+    write_rows(tmp_path / "data/train.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(words)])
+    settings = recipe(bert, str(tmp_path / "data"), tmp_path / "run", slice__mode=mode, data__validation_fraction=0.0)
+    settings.slice.rank_pattern = {"query": 3}
+    session = build(settings)
+    positions = session.model.peft_config["default"].positions
+    if not measured:
+        assert positions == "sweep"
+        return
+    rows = session.prepared.splits["train"]  # 64 rows: the eight batches are all of them, in any order
+    base = session.task.load().model
+    energy = input_energy(base, [session.prepared.collator([row]) for row in rows])
+    for name, r in (("bert.encoder.layer.0.attention.self.query", 3), ("bert.encoder.layer.1.output.dense", 2)):
+        starts = positions[name]["column"]
+        assert len(starts) == settings.slice.moves + 1
+        blocks = [block_start(block, 32 if r == 3 else 64, r) for block in range(11 if r == 3 else 32)]
+        assert starts == sorted(blocks, key=lambda at: -float(energy[name][at : at + r].sum()))[: len(starts)]
+
+
+def test_positions_by_energy_can_be_switched_off(bert: str, tmp_path: Path):
+    settings = recipe(bert, save_reviews(tmp_path / "data"), tmp_path / "run", slice__positions="sweep")
+    assert build(settings).model.peft_config["default"].positions == "sweep"
 
 
 def test_counts_are_active_entries_and_touched_entries(done: tuple[Path, dict[str, Any]], bert: str):
@@ -321,6 +359,43 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(
     assert files[0].keys() == files[1].keys()
     for key, tensor in files[0].items():
         assert torch.equal(tensor, files[1][key]), key
+
+
+def test_resuming_a_finished_run_takes_no_further_step(bert: str, reviews: str, tmp_path: Path):
+    changes: dict[str, Any] = {"training__max_steps": 5, "training__schedule": "constant", "training__load_best": False}
+    changes |= {
+        "training__evaluate": "steps",
+        "training__evaluate_steps": 5,
+        "slice__moves": 0,
+    }  # 5 steps end within an epoch of 8
+    train(recipe(bert, reviews, tmp_path / "run", **changes))
+    file = tmp_path / "run/adapter/adapter_model.safetensors"
+    first = load_file(file)
+    report = train(recipe(bert, reviews, tmp_path / "run", resume=True, **changes))
+    assert report["steps"] == 5
+    for key, tensor in load_file(file).items():
+        assert torch.equal(tensor, first[key]), key
+
+
+def test_weights_that_the_last_step_broke_are_not_saved(bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Broken(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(math.nan)
+
+    original = session_module.Session.trainer
+
+    def broken(self: Any, *args: Any) -> Any:
+        trainer = original(self, *args)
+        trainer.add_callback(Broken())
+        return trainer
+
+    monkeypatch.setattr(session_module.Session, "trainer", broken)
+    write_rows(tmp_path / "data/train.jsonl", [review(i) for i in range(16)])
+    changes: dict[str, Any] = {"training__max_steps": 1, "training__evaluate": "no", "training__load_best": False}
+    changes |= {"data__validation_fraction": 0.0, "slice__moves": 0}
+    with pytest.raises(NumericalError, match=r"step 1: .* is no longer finite. Nothing was saved"):
+        train(recipe(bert, str(tmp_path / "data"), tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_resuming_from_a_folder_that_is_none_is_refused(bert: str, reviews: str, tmp_path: Path):

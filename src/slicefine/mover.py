@@ -65,7 +65,7 @@ class MoveSettings:
         interval: steps between moves (the paper's N); overrides ``moves``.
         total_steps: optimizer steps of the run; transformers' ``Trainer`` tells it by itself.
         minimum_steps: with ``moves``, a position gets at least this many steps, or there are fewer moves.
-        policy: ``"reset"`` starts the new slice with fresh optimizer state, ``"rewarm"`` also scales its first
+        state_policy: ``"reset"`` starts the new slice with fresh optimizer state, ``"rewarm"`` also scales its first
             updates up from zero, ``"keep"`` leaves the old slice's state in place (for study).
         rewarm_steps: length of that ramp in optimizer steps.
     """
@@ -74,12 +74,12 @@ class MoveSettings:
     interval: int | None = None
     total_steps: int | None = None
     minimum_steps: int = 50
-    policy: str = "reset"
+    state_policy: str = "reset"
     rewarm_steps: int = 10
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ConfigError(f"state_policy={self.policy!r} is unknown; expected one of {', '.join(POLICIES)}.")
+        if self.state_policy not in POLICIES:
+            raise ConfigError(f"state_policy={self.state_policy!r} is unknown; expected one of {', '.join(POLICIES)}.")
         for name, value, low in (
             ("moves", self.moves, 0),
             ("interval", self.interval, 1),
@@ -246,7 +246,7 @@ class Mover:
     def _write_back(self, layers: list[SliceLinear]) -> None:
         """One multi-tensor copy of all active blocks into their dense weights."""
         self._rewarm(layers)
-        if self.settings.policy == "keep":  # moments of a row block would move the padding of a column block
+        if self.settings.state_policy == "keep":  # moments of a row block would move the padding of a column block
             for layer in layers:
                 layer.clear_padding(self.name)
         targets: list[Tensor] = []
@@ -265,7 +265,7 @@ class Mover:
 
     def _rewarm(self, layers: list[SliceLinear]) -> None:
         """Scale the updates of the first steps after a move, whatever the optimizer and its group's rate."""
-        if self.settings.policy != "rewarm":
+        if self.settings.state_policy != "rewarm":
             return
         for layer in layers:
             state, parameter = layer.states[self.name], layer.slicefine_active[self.name].data
@@ -296,7 +296,7 @@ class Mover:
         self._reset(optimizers)
 
     def _reset(self, optimizers: list[Optimizer]) -> None:
-        if self.settings.policy == "keep":
+        if self.settings.state_policy == "keep":
             return
         for optimizer in optimizers:
             for layer in self._with_adapter():

@@ -162,7 +162,7 @@ def run(
     optimizer: torch.optim.Optimizer,
     losses: Iterable[Callable[[], Tensor]],
     interval: int,
-    policy: str = "reset",
+    state_policy: str = "reset",
     rewarm_steps: int = 10,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
@@ -173,8 +173,8 @@ def run(
         optimizer: plain ``torch.optim.SGD`` or ``AdamW``.
         losses: functions that run the forward pass of one step and return its loss.
         interval: steps between moves (the paper's N).
-        policy: what becomes of the optimizer's state at a move: ``"reset"`` forgets it; ``"rewarm"`` also scales the
-            update of the k-th step after a move by ``k / rewarm_steps``; ``"keep"`` leaves it.
+        state_policy: what becomes of the optimizer's state at a move: ``"reset"`` forgets it; ``"rewarm"`` also
+            scales the update of the k-th step after a move by ``k / rewarm_steps``; ``"keep"`` leaves it.
         rewarm_steps: length of that ramp.
         after_step: called with the step's number (1 is the first), before a move.
     """
@@ -185,7 +185,7 @@ def run(
         optimizer.step()
         moved, since_move = divmod(step - 1, interval)
         for name, layer in layers.items():
-            if policy == "rewarm" and moved > 0 and since_move + 1 < rewarm_steps:
+            if state_policy == "rewarm" and moved > 0 and since_move + 1 < rewarm_steps:
                 share = (since_move + 1) / rewarm_steps
                 layer.part_T.data = before[name] + share * (layer.part_T.detach() - before[name])
             _clear_padding(layer)
@@ -194,7 +194,7 @@ def run(
         if step % interval == 0:
             for layer in layers.values():
                 layer.move()
-                if policy != "keep":
+                if state_policy != "keep":
                     optimizer.state.pop(layer.part_T, None)
 
 

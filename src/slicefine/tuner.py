@@ -147,7 +147,7 @@ def attach(
         seed: of random positions and masks.
         history: how many moves can be undone.
         train_rest: leave ``requires_grad`` of all other parameters as it is (a new head, for example).
-        **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, policy, rewarm_steps.
+        **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps.
 
     Raises:
         ConfigError: for a setting that is wrong, or if no layer matches.

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
-from ..tasks.base import Loaded, Task
+from ..tasks.base import Loaded, Prepared, Task
 from .settings import TrainSettings
 
 __all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts"]
+
+_ENERGY_BATCHES = 8  # the order of the blocks hardly changes with more
 
 
 def is_adapter(settings: TrainSettings) -> bool:
@@ -16,7 +20,7 @@ def is_adapter(settings: TrainSettings) -> bool:
     return settings.method.name in ("slicefine", "lora")
 
 
-def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
+def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared: Prepared) -> Any:
     """The model to train; it shares the weights of ``loaded.model``.
 
     Raises:
@@ -30,7 +34,10 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
         return _head_only(loaded, task)
     from peft import get_peft_model
 
-    config = (_slice_config if name == "slicefine" else _lora_config)(loaded, task, settings)
+    if name == "slicefine":
+        config = _slice_config(loaded, task, settings, _positions(loaded, settings, prepared))
+    else:
+        config = _lora_config(loaded, task, settings)
     try:
         return get_peft_model(loaded.model, config)
     except ValueError as error:
@@ -95,7 +102,41 @@ def _common(loaded: Loaded, task: Task, settings: TrainSettings) -> dict[str, An
     }
 
 
-def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
+def _positions(loaded: Loaded, settings: TrainSettings, prepared: Prepared) -> Any:
+    """Starts in the order of input energy, from a few training batches, where column slices are to have them."""
+    chosen = settings.slice
+    if not chosen.by_energy:
+        return chosen.positions
+    if chosen.mode not in ("column", "alternate"):
+        return "sweep"  # rows see the whole input, and masks are drawn
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, send_to_device
+    from peft.utils.other import get_pattern_key
+
+    from ..energy import energy_positions
+
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    loaded.model.to(device)
+    rows, size = prepared.splits["train"], settings.training.batch_size
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.training.seed)).tolist()
+    picked = picked[: _ENERGY_BATCHES * size]
+    groups = [picked[at : at + size] for at in range(0, len(picked), size)]
+    batches = (send_to_device(dict(prepared.collator([rows[i] for i in group])), device) for group in groups)
+    rank = chosen.r if chosen.r_column is None else chosen.r_column
+    patterns = chosen.rank_pattern
+    positions = energy_positions(
+        loaded.model,
+        batches,
+        r=lambda name: patterns.get(get_pattern_key(list(patterns), name), rank),
+        target_modules=chosen.target_modules or "all-linear",
+        # an interval's number of moves is not known here
+        visits=None if chosen.interval is not None or chosen.moves is None else chosen.moves + 1,
+    )
+    first: dict[str, dict[str, list[int]]] = broadcast_object_list([positions])[0]  # the same in every process
+    return first
+
+
+def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings, positions: Any) -> Any:
     from ..peft import SliceFineConfig
 
     chosen = settings.slice
@@ -105,7 +146,7 @@ def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
         mode=chosen.mode,
         r_row=chosen.r_row,
         r_column=chosen.r_column,
-        positions=chosen.positions,
+        positions=positions,
         mask_fraction=chosen.mask_fraction,
         moves=chosen.moves,
         interval=chosen.interval,

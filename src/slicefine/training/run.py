@@ -17,7 +17,7 @@ from .screen import Screen
 from .session import Session, build, main_metric, measure
 from .settings import TrainSettings
 from .trained import save_trained, weight_bytes
-from .trainer import SliceTrainer
+from .trainer import SliceTrainer, check_weights
 from .verify import LIMIT, same_predictions, same_weights
 
 __all__ = ["train"]
@@ -67,6 +67,7 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     finally:
         screen.stop()
     seconds = time.perf_counter() - began
+    check_weights(session.model, trainer.state.global_step)
     memory, kind = peak_memory()
     after = _measure(trainer, session)
     with atomic_folder(folder.path / RESULTS) as aside:

@@ -111,7 +111,7 @@ def build(settings: TrainSettings) -> Session:
     set_seed(settings.training.seed)  # the new head is drawn here
     loaded = task.load()
     prepared = task.prepare(splits, loaded)
-    model = make_trainable(loaded, task, settings)
+    model = make_trainable(loaded, task, settings, prepared)
     return Session(settings, task, loaded, model, prepared, Record())
 
 

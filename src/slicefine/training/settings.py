@@ -50,7 +50,8 @@ class SliceSettings:
         mode: row, column, alternate or random_mask.
         r_row: rank of row slices; None is r.
         r_column: rank of column slices; None is r.
-        positions: sweep, random, fixed, or a list of start indices.
+        positions: energy (columns in the order of their input's energy on a few training batches, rows as in sweep),
+            sweep, random, fixed, or a list of start indices.
         mask_fraction: budget of random_mask as a fraction; None is the count of a row slice of rank r.
         moves: number of moves, spread evenly over the run.
         interval: optimizer steps between moves; overrides moves.
@@ -68,7 +69,7 @@ class SliceSettings:
     mode: str = "alternate"
     r_row: int | None = None
     r_column: int | None = None
-    positions: str | list[int] = "sweep"
+    positions: str | list[int] = "energy"
     mask_fraction: float | None = None
     moves: int | None = 8
     interval: int | None = None
@@ -84,10 +85,15 @@ class SliceSettings:
     def __post_init__(self) -> None:
         row, column = self.r if self.r_row is None else self.r_row, self.r if self.r_column is None else self.r_column
         try:
-            Schedule(self.mode, row, column, self.positions, self.mask_fraction)
+            Schedule(self.mode, row, column, "sweep" if self.by_energy else self.positions, self.mask_fraction)
             MoveSettings(self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps)
         except ConfigError as error:
-            raise ConfigError(f"slice: {error}") from error
+            raise ConfigError(f"slice: {error}".replace("one of sweep,", "one of energy, sweep,")) from error
+
+    @property
+    def by_energy(self) -> bool:
+        """Whether positions wait for a look at the data."""
+        return self.positions == "energy"
 
 
 @dataclass

@@ -11,7 +11,12 @@ from transformers import Trainer, TrainerCallback
 from ..errors import ConfigError, NumericalError
 from ..mover import movers_of
 
-__all__ = ["Record", "SliceTrainer"]
+__all__ = ["Record", "SliceTrainer", "check_weights"]
+
+_REMEDY = (
+    "Nothing was saved after the last whole checkpoint. Lower training.learning_rate, clip gradients "
+    "(training.max_grad_norm), switch bf16 off, or look for bad rows in the data."
+)
 
 
 class SliceTrainer(Trainer):  # type: ignore[misc]
@@ -43,24 +48,30 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         """As transformers'; raises `NumericalError` before a bad loss reaches the optimizer."""
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
-            raise NumericalError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss)}. Nothing was saved after the last whole "
-                "checkpoint. Lower training.learning_rate, clip gradients (training.max_grad_norm), switch bf16 off, "
-                "or look for bad rows in the data."
-            )
+            raise NumericalError(f"step {self.state.global_step + 1}: the loss is {float(loss)}. {_REMEDY}")
         return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which would take one more step when the resumed run has made all of them already."""
+        if self.state.global_step >= self.state.max_steps > 0:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; raises `NumericalError` before a model that is no longer sound is saved."""
         found = super().evaluation_loop(*args, **kwargs)
         loss = (found.metrics or {}).get(f"{kwargs.get('metric_key_prefix', 'eval')}_loss", 0.0)
         if math.isnan(loss):
-            raise NumericalError(
-                f"evaluation after step {self.state.global_step}: the loss is {loss}. Nothing was saved after the last "
-                "whole checkpoint. Lower training.learning_rate, clip gradients (training.max_grad_norm), switch bf16 "
-                "off, or look for bad rows in the data."
-            )
+            raise NumericalError(f"evaluation after step {self.state.global_step}: the loss is {loss}. {_REMEDY}")
         return found
+
+
+def check_weights(model: Any, step: int) -> None:
+    """Raise `NumericalError` if a trained weight is not finite; no loss follows the last step to show it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            raise NumericalError(f"step {step}: {name} is no longer finite. {_REMEDY}")
 
 
 class Record(TrainerCallback):  # type: ignore[misc]
