@@ -107,6 +107,11 @@ def test_batches_that_say_nothing_are_refused(given: list[torch.Tensor], message
         energy_positions(network(), given)
 
 
+def test_layers_that_do_not_exist_are_refused_with_those_that_do():
+    with pytest.raises(ConfigError, match=r"target_modules=\['query'\] matches no .* are called 0, 3\."):
+        energy_positions(network(), batches(), target_modules=["query"])
+
+
 @pytest.mark.parametrize(
     ("positions", "message"),
     [

@@ -156,6 +156,18 @@ def test_a_label_out_of_range_names_its_row(label: int):
         make("text-classification", labels=["no", "yes"]).read(splits_of(rows))
 
 
+def test_a_set_with_hidden_labels_can_be_left_out(tmp_path: Path):
+    write_rows(tmp_path / "train.jsonl", [review(i) for i in range(20)])
+    write_rows(tmp_path / "test.jsonl", [{"text": "the", "label": -1}])
+    read = make("text-classification").read
+    with pytest.raises(DataError, match=r"test set, row 0: label -1 .* out of range; .* Leave the set out"):
+        load_splits(DataSettings(str(tmp_path)), check=read)
+    assert list(load_splits(DataSettings(str(tmp_path), limit_test=0), check=read)) == ["train", "validation"]
+    assert list(load_splits(DataSettings(str(tmp_path), limit_test=0, limit_validation=0))) == ["train"]
+    with pytest.raises(ConfigError, match="limit_train=0 must be at least 1"):
+        DataSettings(limit_train=0)
+
+
 def test_a_label_that_only_the_validation_set_has_is_refused():
     splits = {
         **splits_of([review(i) for i in range(6)]),

@@ -228,7 +228,7 @@ def test_causal_language_model(tmp_path: Path, answers: bool):
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     changes = {"data__columns__answer": "answer"} if answers else {"task__max_length": 8}
     settings = recipe(model, str(tmp_path / "data"), tmp_path / "run", task__name="causal-lm", **changes)
-    settings.training.learning_rate = 2e-2
+    settings.training.learning_rate, settings.training.epochs = 2e-2, 3
     report = train(settings)
     assert report["after"]["validation"]["perplexity"] < report["before"]["validation"]["perplexity"] / 1.5
     assert report["reload_identical"] is True
@@ -515,9 +515,10 @@ def test_early_stopping_without_a_validation_set_is_refused(bert: str, reviews: 
 
 
 def test_an_unknown_module_names_some_that_exist(bert: str, reviews: str, tmp_path: Path):
-    message = r"slice.target_modules=\['nonsense'\].* are called classifier, dense, key, query, value\."
-    with pytest.raises(ConfigError, match=message):
-        train(recipe(bert, reviews, tmp_path / "run", slice__target_modules=["nonsense"]))
+    message = r"target_modules=\['nonsense'\].* are called classifier, dense, key, query, value\."
+    for mode in ("row", "column"):  # the second one looks for the layers' inputs first
+        with pytest.raises(ConfigError, match=message):
+            train(recipe(bert, reviews, tmp_path / "run", slice__target_modules=["nonsense"], slice__mode=mode))
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .geometry import block_count, block_start
 from .layer import supports
 from .tuner import matches
@@ -44,6 +44,7 @@ def energy_positions(
         ``{layer name: {"column": starts}}``, best block first.
 
     Raises:
+        ConfigError: if no layer matches.
         DataError: if no batch reaches a chosen layer, or a layer's inputs are not finite.
 
     Example:
@@ -71,6 +72,7 @@ def input_energy(
     Layers that the batches never reach are left out.
 
     Raises:
+        ConfigError: if no layer matches.
         DataError: if no batch reaches a chosen layer, or a layer's inputs are not finite.
 
     Example:
@@ -106,6 +108,12 @@ def input_energy(
         for handle in handles:
             handle.remove()
         model.train(training)
+    if not handles:
+        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if supports(module)})
+        raise ConfigError(
+            f"input_energy: target_modules={target_modules!r} matches no nn.Linear or Conv1D layer; those of this model "
+            f"are called {', '.join(names[:20])}."
+        )
     if not sums:
         raise DataError(
             f"input_energy: no batch reached a linear layer of target_modules={target_modules!r}; give at least one "

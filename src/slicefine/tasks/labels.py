@@ -54,8 +54,14 @@ def check_labels(splits: dict[str, Any], column: str, names: list[str]) -> None:
             if number is None:
                 raise DataError(
                     f"{split} set, row {row}: label {values[row]!r} in column {column!r} is out of range; expected "
-                    f"{_expected(values, names)}. Correct the row, or name all classes with task.labels."
+                    f"{_expected(values, names)}. {_label_remedy(split, values[row])}"
                 )
+
+
+def _label_remedy(split: str, value: Any) -> str:
+    if value == -1 and split != "train":  # how the hub marks labels that are not public
+        return f"Leave the set out with data.limit_{split}=0 if its labels are hidden, or correct the row."
+    return "Correct the row, or name all classes with task.labels."
 
 
 def label_numbers(values: list[Any], names: list[str]) -> list[int | None]:

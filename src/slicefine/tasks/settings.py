@@ -78,8 +78,8 @@ class DataSettings:
         columns: names of the columns.
         validation_fraction: part of the train set that is held out if there is no validation set.
         limit_train: use at most this many rows, drawn with the seed.
-        limit_validation: likewise.
-        limit_test: likewise.
+        limit_validation: likewise; 0 leaves the set out.
+        limit_test: likewise; 0 leaves it out, as for hub sets whose test labels are hidden.
         seed: seed of the limits and of the held-out part.
     """
 
@@ -101,8 +101,9 @@ class DataSettings:
             raise ConfigError(f"data.validation_fraction={self.validation_fraction!r} must lie in [0, 1).")
         for name in ("limit_train", "limit_validation", "limit_test"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"data.{name}={value!r} must be at least 1; leave it out for no limit.")
+            least = 1 if name == "limit_train" else 0
+            if value is not None and value < least:
+                raise ConfigError(f"data.{name}={value!r} must be at least {least}; leave it out for no limit.")
 
 
 @dataclass

@@ -35,6 +35,7 @@ def load_splits(settings: DataSettings, check: Callable[[dict[str, Any]], None] 
         splits = _local(settings, Path(settings.path).expanduser())
     else:
         splits = _hub(settings)
+    splits = {name: dataset for name, dataset in splits.items() if getattr(settings, f"limit_{name}") != 0}
     for name, dataset in splits.items():
         if len(dataset) == 0:
             raise DataError(
@@ -148,7 +149,8 @@ def _hub(settings: DataSettings) -> dict[str, Any]:
 
 
 def _hold_out(splits: dict[str, Any], settings: DataSettings) -> dict[str, Any]:
-    if "validation" in splits or "train" not in splits or settings.validation_fraction == 0:
+    unwanted = settings.validation_fraction == 0 or settings.limit_validation == 0
+    if "validation" in splits or "train" not in splits or unwanted:
         return splits
     rows = len(splits["train"])
     held = max(1, round(rows * settings.validation_fraction))

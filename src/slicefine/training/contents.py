@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterFileError
 from ..geometry import touched
 from ..journal import Visit, read_table
+from .counts import layer_kind
 
 __all__ = ["Contents", "LayerContents", "print_contents", "read_contents"]
 
@@ -98,13 +100,15 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     """Print an adapter's layers and totals."""
     console = console or Console()
     if contents.layers:
-        table = Table(title=str(contents.folder))
-        for column in ("layer", "visits", "steps", "rows", "columns", "values"):
-            table.add_column(column, justify="left" if column == "layer" else "right", overflow="fold")
-        for layer in contents.layers:
-            steps = str(layer.visits[-1].last_step)
-            numbers = (len(layer.visits), steps, layer.rows, layer.columns, f"{layer.values:,}")
-            table.add_row(layer.name, *(str(number) for number in numbers))
+        table = Table(title=f"{contents.folder}: what was trained")
+        for column in ("layers", "number", "visits", "rows", "columns", "values each"):
+            table.add_column(column, justify="left" if column == "layers" else "right", overflow="fold")
+        kinds = Counter(
+            (layer_kind(layer.name), len(layer.visits), layer.rows, layer.columns, layer.values)
+            for layer in contents.layers
+        )
+        for (kind, *numbers, values), count in kinds.items():
+            table.add_row(kind, str(count), *(str(number) for number in numbers), f"{values:,}")
         console.print(table)
     facts = Table(show_header=False)
     config = contents.config

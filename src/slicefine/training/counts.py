@@ -9,7 +9,7 @@ import torch
 
 from ..geometry import Slice, entry_indices, touched
 
-__all__ = ["model_touched", "touched_entries"]
+__all__ = ["layer_kind", "model_touched", "touched_entries"]
 
 
 def touched_entries(slices: Sequence[Slice], shape: tuple[int, int]) -> int:
@@ -35,3 +35,13 @@ def model_touched(model: Any) -> int:
             visits = layer.states[mover.name].journal.visits
             total += touched_entries([v.slice for v in visits if v.last_step >= v.first_step], layer.shape)
     return total
+
+
+def layer_kind(name: str) -> str:
+    """A layer's name with its numbers replaced, so that the layers of all blocks fall together.
+
+    Example:
+        >>> layer_kind("model.layers.11.mlp.up_proj")
+        'model.layers.*.mlp.up_proj'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

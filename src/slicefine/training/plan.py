@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..mover import movers_of
+from .counts import layer_kind
 from .methods import tensor_counts
 from .session import Session
 
@@ -90,21 +91,25 @@ def _moves(model: Any, total: int) -> list[int]:
 
 
 def _layers(model: Any) -> list[LayerPlan]:
-    groups: dict[tuple[str, tuple[int, int], str, int], int] = {}
+    groups: dict[tuple[str, tuple[int, int], str, int, int], list[int]] = {}
     for mover in movers_of(model):
         for name, layer in mover.layers.items():
             active = layer.states[mover.name].journal.active
-            first = f"{active.axis}s {active.start} to {active.start + active.width - 1}"
-            if active.axis == "entries":
-                first = f"{active.width:,} random entries"
-            key = (_kind(name), layer.shape, first, layer.active_entries(mover.name))
-            groups[key] = groups.get(key, 0) + 1
-    return [LayerPlan(name, count, shape, first, entries) for (name, shape, first, entries), count in groups.items()]
+            key = (layer_kind(name), layer.shape, active.axis, active.width, layer.active_entries(mover.name))
+            groups.setdefault(key, []).append(active.start)
+    return [
+        LayerPlan(name, len(starts), shape, _first(axis, width, set(starts)), entries)
+        for (name, shape, axis, width, entries), starts in groups.items()
+    ]
 
 
-def _kind(name: str) -> str:
-    """A layer's name with its numbers replaced, so that the layers of all blocks fall together."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+def _first(axis: str, width: int, starts: set[int]) -> str:
+    if axis == "entries":
+        return f"{width:,} random entries"
+    if len(starts) > 1:
+        return f"{width} {axis}s, by layer"
+    (start,) = starts
+    return f"{axis}s {start} to {start + width - 1}"
 
 
 def _sizes(session: Session) -> str:
