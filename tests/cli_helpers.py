@@ -120,6 +120,7 @@ def recipe(model: str, data: str, output: Path | None, **changes: Any) -> TrainS
     settings.model.path, settings.data.path = model, data
     settings.training.epochs, settings.training.batch_size, settings.training.logging_steps = 2, 8, 1
     settings.slice.r, settings.slice.minimum_steps, settings.slice.moves = 2, 4, 3
+    settings.slice.mode = "alternate"  # both kinds of slices
     for name, value in changes.items():
         *groups, last = name.split("__")
         target: Any = settings

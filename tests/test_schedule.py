@@ -51,8 +51,8 @@ def test_sweep_starts_at_index_0_with_a_stride_of_its_rank():
 
 def test_fixed_positions_never_change_place():
     for mode in ("row", "column"):
-        assert {slice_at(Schedule(mode, positions="fixed"), v, (20, 20)) for v in range(9)} == {Slice(mode, 0, 5)}
-    masks = {slice_at(Schedule("random_mask", positions="fixed"), v, (20, 20), "fc") for v in range(9)}
+        assert {slice_at(Schedule(mode, 5, 5, "fixed"), v, (20, 20)) for v in range(9)} == {Slice(mode, 0, 5)}
+    masks = {slice_at(Schedule("random_mask", 5, positions="fixed"), v, (20, 20), "fc") for v in range(9)}
     assert len(masks) == 1
 
 
@@ -70,7 +70,9 @@ def test_random_positions_differ_between_layers_seeds_axes_and_cycles():
 
 def test_random_masks_differ_between_layers_seeds_and_visits():
     def mask(visit=0, layer="fc", seed=0):
-        return tuple(entry_indices(slice_at(Schedule("random_mask", seed=seed), visit, (9, 9), layer), (9, 9)).tolist())
+        return tuple(
+            entry_indices(slice_at(Schedule("random_mask", 5, seed=seed), visit, (9, 9), layer), (9, 9)).tolist()
+        )
 
     assert mask() == mask()
     assert len({mask(), mask(visit=1), mask(layer="fd"), mask(seed=1)}) == 4

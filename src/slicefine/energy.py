@@ -25,7 +25,7 @@ def energy_positions(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    r: int | Callable[[str], int] = 5,
+    r: int | Callable[[str], int] = 12,
     target_modules: str | Sequence[str] = "all-linear",
     visits: int | None = None,
 ) -> dict[str, dict[str, list[int]]]:
@@ -111,8 +111,8 @@ def input_energy(
     if not handles:
         names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if supports(module)})
         raise ConfigError(
-            f"input_energy: target_modules={target_modules!r} matches no nn.Linear or Conv1D layer; those of this model "
-            f"are called {', '.join(names[:20])}."
+            f"input_energy: target_modules={target_modules!r} matches no nn.Linear or Conv1D layer; those of this "
+            f"model are called {', '.join(names[:20])}."
         )
     if not sums:
         raise DataError(

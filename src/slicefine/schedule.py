@@ -64,8 +64,8 @@ class Schedule:
     """
 
     mode: str = "alternate"
-    row_rank: int = 5
-    column_rank: int = 5
+    row_rank: int = 12
+    column_rank: int = 12
     positions: Positions = "sweep"
     mask_fraction: float | None = None
     seed: int = 0

@@ -123,7 +123,7 @@ def attach(
     *,
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] = (),
-    r: int = 5,
+    r: int = 12,
     mode: str = "alternate",
     r_row: int | None = None,
     r_column: int | None = None,

@@ -38,7 +38,8 @@ class SliceFineConfig(PeftConfig):
     """Configuration of SliceFine: train one small slice of each weight, in place, and move it during training.
 
     Args:
-        r: slice rank, the number of contiguous rows or columns trained at a time.
+        r: slice rank, the number of contiguous rows or columns trained at a time (the paper's tables use 1 and 5; 12
+            trailed LoRA r=8 less in short runs, docs/results/accuracy.md).
         mode: ``"row"`` (output units), ``"column"`` (input features), ``"alternate"`` (a row block, then a column
             block, and so on) or ``"random_mask"`` (single entries, paper Appendix K).
         r_row, r_column: rank per orientation; ``r`` where not given.
@@ -73,7 +74,7 @@ class SliceFineConfig(PeftConfig):
         'column'
     """
 
-    r: int = field(default=5, metadata={"help": "Slice rank: rows or columns trained at a time."})
+    r: int = field(default=12, metadata={"help": "Slice rank: rows or columns trained at a time."})
     mode: str = field(default="alternate", metadata={"help": "row, column, alternate or random_mask."})
     r_row: int | None = field(default=None, metadata={"help": "Rank of row slices; r if None."})
     r_column: int | None = field(default=None, metadata={"help": "Rank of column slices; r if None."})

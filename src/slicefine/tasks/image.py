@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from ..errors import ConfigError, DataError
-from .base import Loaded, Metric, Prepared, as_numbers, register
-from .labels import check_labels, class_names, label_numbers
+from .base import Loaded, Metric, Prepared, register
+from .labels import Labelled, check_labels, class_names, label_numbers
 from .metrics import CLASSIFICATION
 from .models import load_model, resolve_path
 from .settings import DataSettings, ModelSettings, TaskSettings
@@ -21,7 +20,7 @@ __all__ = ["ImageClassification"]
 
 
 @register
-class ImageClassification:
+class ImageClassification(Labelled):
     """One class per image."""
 
     name = "image-classification"
@@ -71,18 +70,6 @@ class ImageClassification:
 
         prepared = {split: dataset.with_transform(encode) for split, dataset in splits.items()}
         return Prepared(prepared, _collate, {"remove_unused_columns": False})
-
-    def compute(self, outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-        """All metrics of the task."""
-        return {name: metric(as_numbers(outputs), labels) for name, metric in self.metrics.items()}
-
-    def state(self) -> dict[str, Any]:
-        """The class names."""
-        return {"labels": self.labels}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over the class names."""
-        self.labels = list(state["labels"])
 
 
 def image_processor(settings: ModelSettings, config: Any) -> Any:

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from ..errors import DataError
+from numpy.typing import NDArray
 
-__all__ = ["check_labels", "class_names", "label_numbers"]
+from ..errors import DataError
+from .base import Metric, as_numbers
+
+__all__ = ["Labelled", "check_labels", "class_names", "label_numbers"]
 
 _MANY = 10_000  # a label above this must not exceed the number of rows either
+
+
+class Labelled:
+    """What tasks with class names share: their metrics, and the names as the state that an evaluation needs."""
+
+    metrics: Mapping[str, Metric]
+    labels: list[str]
+
+    def compute(self, outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
+        """All metrics of the task."""
+        return {name: metric(as_numbers(outputs), labels) for name, metric in self.metrics.items()}
+
+    def state(self) -> dict[str, Any]:
+        """The class names."""
+        return {"labels": self.labels}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the class names."""
+        self.labels = list(state["labels"])
 
 
 def class_names(splits: dict[str, Any], column: str, given: list[str] | None) -> list[str]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
-from numpy.typing import NDArray
-
 from ..errors import DataError
-from .base import Loaded, Metric, Prepared, as_numbers, register
-from .labels import check_labels, class_names, label_numbers
+from .base import Loaded, Prepared, register
+from .labels import Labelled, check_labels, class_names, label_numbers
 from .metrics import CLASSIFICATION, REGRESSION
 from .models import load_model, load_tokenizer, longest
 from .settings import DataSettings, ModelSettings, TaskSettings
@@ -19,11 +16,10 @@ from .sources import require_columns
 __all__ = ["TextClassification", "TextRegression"]
 
 
-class _SequenceTask:
+class _SequenceTask(Labelled):
     """What classification and regression share: one text or two in, one vector out."""
 
     peft_task_type = "SEQ_CLS"
-    metrics: Mapping[str, Metric]
     minimise: frozenset[str] = frozenset()
 
     def __init__(self, task: TaskSettings, model: ModelSettings, data: DataSettings) -> None:
@@ -62,18 +58,6 @@ class _SequenceTask:
             for split, dataset in splits.items()
         }
         return Prepared(prepared, DataCollatorWithPadding(tokenizer))
-
-    def compute(self, outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
-        """All metrics of the task."""
-        return {name: metric(as_numbers(outputs), labels) for name, metric in self.metrics.items()}
-
-    def state(self) -> dict[str, Any]:
-        """The class names."""
-        return {"labels": self.labels}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over the class names."""
-        self.labels = list(state["labels"])
 
     def _targets(self, values: list[Any]) -> list[Any]:
         raise NotImplementedError

@@ -46,8 +46,8 @@ class SliceSettings:
     """The slice: how large, where, and when it moves. `target_modules` and `exclude_modules` serve LoRA as well.
 
     Args:
-        r: rank: rows or columns that are trained at a time.
-        mode: row, column, alternate or random_mask.
+        r: rank: rows or columns that are trained at a time. The default trailed LoRA r=8 least in short runs.
+        mode: row, column, alternate or random_mask. Columns keep the least for backward.
         r_row: rank of row slices; None is r.
         r_column: rank of column slices; None is r.
         positions: energy (columns in the order of their input's energy on a few training batches, rows as in sweep),
@@ -65,8 +65,8 @@ class SliceSettings:
         rank_pattern: rank of single layers, by name or regular expression.
     """
 
-    r: int = 5
-    mode: str = "alternate"
+    r: int = 12
+    mode: str = "column"
     r_row: int | None = None
     r_column: int | None = None
     positions: str | list[int] = "energy"
