@@ -107,6 +107,11 @@ def test_batches_that_say_nothing_are_refused(given: list[torch.Tensor], message
         energy_positions(network(), given)
 
 
+def test_a_rank_below_one_is_refused():
+    with pytest.raises(ConfigError, match="layer '0': rank r=0 must be an integer of at least 1"):
+        energy_positions(network(), batches(), r=0)
+
+
 def test_layers_that_do_not_exist_are_refused_with_those_that_do():
     with pytest.raises(ConfigError, match=r"target_modules=\['query'\] matches no .* are called 0, 3\."):
         energy_positions(network(), batches(), target_modules=["query"])

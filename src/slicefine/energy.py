@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, DataError
 from .geometry import block_count, block_start
 from .layer import supports
-from .tuner import matches
+from .tuner import linear_names, matches
 
 __all__ = ["energy_positions", "input_energy"]
 
@@ -44,7 +44,7 @@ def energy_positions(
         ``{layer name: {"column": starts}}``, best block first.
 
     Raises:
-        ConfigError: if no layer matches.
+        ConfigError: if no layer matches, or a rank is below 1.
         DataError: if no batch reaches a chosen layer, or a layer's inputs are not finite.
 
     Example:
@@ -55,7 +55,10 @@ def energy_positions(
     result = {}
     for name, energy in input_energy(model, batches, target_modules).items():
         size = len(energy)
-        width = min(r(name) if callable(r) else r, size)
+        rank = r(name) if callable(r) else r
+        if rank < 1:
+            raise ConfigError(f"energy_positions, layer {name!r}: rank r={rank!r} must be an integer of at least 1.")
+        width = min(rank, size)
         starts = torch.tensor([block_start(block, size, width) for block in range(block_count(size, width))])
         sums = energy.unfold(0, width, 1).sum(1)[starts]
         order = torch.sort(sums, descending=True, stable=True).indices  # equal energy: by index
@@ -109,10 +112,9 @@ def input_energy(
             handle.remove()
         model.train(training)
     if not handles:
-        names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if supports(module)})
         raise ConfigError(
             f"input_energy: target_modules={target_modules!r} matches no nn.Linear or Conv1D layer; those of this "
-            f"model are called {', '.join(names[:20])}."
+            f"model are called {', '.join(linear_names(model)[:20])}."
         )
     if not sums:
         raise DataError(

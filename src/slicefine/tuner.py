@@ -20,7 +20,7 @@ from .layer import SliceLinear, supports
 from .mover import Mover, MoveSettings
 from .schedule import Positions, Schedule
 
-__all__ = ["FORMAT_VERSION", "SliceTuner", "attach", "match_layers", "matches"]
+__all__ = ["FORMAT_VERSION", "SliceTuner", "attach", "linear_names", "match_layers", "matches"]
 
 FORMAT_VERSION = 1
 _NAME = "default"
@@ -203,6 +203,11 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
                 "slice of it would change both. Exclude the layer, or untie the weights first."
             )
     return names
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last parts of the names of a model's supported layers, for messages: ``["key", "query", "value"]``."""
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if supports(module)})
 
 
 def shared_names(model: nn.Module, weight: Any) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import ConfigError
 from ..tasks.base import Loaded, Prepared, Task
+from ..tuner import linear_names
 from .settings import TrainSettings
 
 __all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts"]
@@ -43,10 +44,9 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        names = sorted({name.rpartition(".")[2] for name, module in loaded.model.named_modules() if _is_matrix(module)})
         raise ConfigError(
             f"slice.target_modules={settings.slice.target_modules!r}: {error} The linear layers of this model are "
-            f"called {', '.join(names[:20])}."
+            f"called {', '.join(linear_names(loaded.model)[:20])}."
         ) from error
 
 
@@ -73,10 +73,6 @@ def tensor_counts(model: Any, loaded: Loaded) -> dict[str, int]:
     if movers:
         trained = sum(mover.active_entries() for mover in movers) + head
     return {"trainable": trained, "head": head, "total": total, "added": adapter}
-
-
-def _is_matrix(module: Any) -> bool:
-    return getattr(getattr(module, "weight", None), "ndim", 0) == 2 and type(module).__name__ in ("Linear", "Conv1D")
 
 
 def _head_only(loaded: Loaded, task: Task) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..mover import MoveSettings
-from ..schedule import Schedule
+from ..schedule import POSITIONS, Schedule
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
 
 __all__ = ["LEARNING_RATES", "METHODS", "MethodSettings", "SliceSettings", "TrainSettings", "TrainingSettings"]
@@ -84,11 +84,14 @@ class SliceSettings:
 
     def __post_init__(self) -> None:
         row, column = self.r if self.r_row is None else self.r_row, self.r if self.r_column is None else self.r_column
+        if isinstance(self.positions, str) and self.positions not in ("energy", *POSITIONS):
+            known = ", ".join(("energy", *POSITIONS))
+            raise ConfigError(f"slice.positions={self.positions!r} is unknown; expected {known}, or a list of starts.")
         try:
             Schedule(self.mode, row, column, "sweep" if self.by_energy else self.positions, self.mask_fraction)
             MoveSettings(self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps)
         except ConfigError as error:
-            raise ConfigError(f"slice: {error}".replace("one of sweep,", "one of energy, sweep,")) from error
+            raise ConfigError(f"slice: {error}") from error
 
     @property
     def by_energy(self) -> bool:
