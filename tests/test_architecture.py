@@ -19,6 +19,7 @@ SOURCE = Path(slicefine.__file__).parent
 LADDER = [
     "errors",
     "geometry",
+    "window",
     "schedule",
     "functional",
     "journal",
@@ -32,10 +33,11 @@ LADDER = [
 ALLOWED = {name: set(LADDER[:i]) for i, name in enumerate(LADDER)}
 ALLOWED["geometry"] = {"errors"}
 ALLOWED["schedule"] = {"errors", "geometry"}
+ALLOWED["window"] = {"errors", "geometry"}
 ALLOWED["functional"] = {"errors", "geometry"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
-ALLOWED["state"] = {"errors", "geometry", "schedule", "functional", "journal"}
+ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
 CORE = list(ALLOWED)
 EXTERNAL = {"torch", "safetensors"}

@@ -63,13 +63,20 @@ class Journal:
 
     # -- moving ---------------------------------------------------------------------------------------------------
 
-    def begin(self, weight: Tensor, block: Slice) -> Tensor:
-        """Start a visit to ``block`` on an applied journal; returns the block's current values."""
+    def begin(self, weight: Tensor, block: Slice, step: int | None = None) -> Tensor:
+        """Start a visit to ``block`` on an applied journal; returns the block's current values.
+
+        Args:
+            weight: the matrix.
+            block: the slice to visit; the active one again, if the layer only waits.
+            step: optimizer steps made so far, where other layers made more of them than this one.
+        """
+        step = self.step if step is None else step
         values = read_block(weight, block)
         kept = values.to("cpu", copy=True)
         self._originals.setdefault(block, kept)
         self._before.append(kept)
-        self.visits.append(Visit(block, self.step + 1, self.step))
+        self.visits.append(Visit(block, step + 1, step))
         self.applied = True
         return values
 

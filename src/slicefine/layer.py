@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,6 +18,7 @@ from .geometry import Slice, line_length
 from .journal import read_table
 from .schedule import Schedule, check_positions, slice_at
 from .state import ORIGINALS, AdapterState, AdapterTensors, new_stamp
+from .window import Place
 
 __all__ = ["SliceLinear", "is_hidden", "is_transposed", "supports"]
 
@@ -205,7 +207,9 @@ class SliceLinear(nn.Module):
         return pad_block(values, parameter.shape).to(parameter.dtype)
 
     def active_entries(self, name: str) -> int:
-        """Entries that adapter ``name`` trains now; padding does not count."""
+        """Entries that adapter ``name`` trains now: none outside the window, and padding does not count."""
+        if self.states[name].idle:
+            return 0
         if self.states[name].deferred:
             first = slice_at(self.states[name].schedule, 0, self.shape, self.states[name].layer_name)
             return first.width * line_length(first.axis, self.shape)
@@ -233,10 +237,25 @@ class SliceLinear(nn.Module):
                 f"but the adapter's has {room}; keep to its mode and rank."
             )
 
-    def move(self, name: str, block: Slice) -> None:
-        """Freeze the active slice of an applied adapter and load ``block`` into its parameter."""
+    def next_block(self, name: str) -> Slice:
+        """Where adapter ``name`` goes at its next visit: the schedule's next slice, or, outside the window, nowhere."""
+        state = self.states[name]
+        visit = turn = len(state.journal.visits)
+        if state.place is not None:
+            if not state.place.trains(visit):
+                return state.journal.active
+            turn = state.place.turn(visit)
+        return slice_at(state.schedule, turn, self.shape, state.layer_name)
+
+    def move(self, name: str, block: Slice, step: int | None = None) -> None:
+        """Freeze the active slice of an applied adapter and load ``block`` into its parameter (see `Journal.begin`)."""
         self._sync(name)
-        self._begin(name, block)
+        self._begin(name, block, step)
+
+    def stand(self, name: str, place: Place) -> None:
+        """Put adapter ``name`` under a window of blocks: it trains only while the layer is inside."""
+        self.states[name].place = place
+        self._aim(name)
 
     def undo(self, name: str) -> None:
         """Take back the last move of an applied adapter."""
@@ -244,9 +263,9 @@ class SliceLinear(nn.Module):
         state.journal.undo(self.dense())
         self._load_active(name)
 
-    def _begin(self, name: str, block: Slice) -> None:
+    def _begin(self, name: str, block: Slice, step: int | None = None) -> None:
         self.check_block(name, block)
-        self.states[name].journal.begin(self.dense(), block)
+        self.states[name].journal.begin(self.dense(), block, step)
         self._load_active(name)
 
     def _load_active(self, name: str) -> None:
@@ -263,8 +282,13 @@ class SliceLinear(nn.Module):
         self.mark_synced(name)
 
     def _aim(self, name: str) -> None:
-        """Make what the forward looks at agree with the journal's active slice."""
+        """Make what the forward looks at agree with the journal's last visit."""
         state = self.states[name]
+        visit = max(0, len(state.journal.visits) - 1)
+        state.idle = state.place is not None and not state.place.trains(visit)
+        state.below = state.place is not None and state.place.below(visit)
+        if not state.journal.visits:  # the weight has no values yet
+            return
         state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
         state.axis = state.journal.active.axis
 
@@ -470,10 +494,13 @@ class SliceLinear(nn.Module):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if not torch.is_grad_enabled():
             return y
-        trained = [name for name in names if self.slicefine_active[name].requires_grad]
+        trained = [n for n in names if self.slicefine_active[n].requires_grad and not self.states[n].idle]
         if not trained:
-            guarded = y.requires_grad and not torch.compiler.is_compiling()
-            return guard_content(y, self) if guarded else y
+            if not y.requires_grad or torch.compiler.is_compiling():
+                return y
+            if any(self.states[name].below for name in names):
+                _warn_below(self.states[names[0]])
+            return guard_content(y, self)
         if len(names) > 1:
             refused = _RefuseBackward.apply(y, self.slicefine_active[trained[0]], self.label)  # type: ignore[no-untyped-call]
             return cast(Tensor, refused)
@@ -504,6 +531,19 @@ class _RefuseBackward(torch.autograd.Function):
         raise UnsupportedError(
             f"{ctx.label}: several SliceFine adapters are active and one of them requires gradients. Their slices "
             "share one dense weight, so train one at a time: set_adapter(name), or set inference_mode on all of them."
+        )
+
+
+def _warn_below(state: AdapterState) -> None:
+    """Once per run: a window saves time and memory only where nothing below it needs a gradient."""
+    if not state.mover.warned_below:
+        state.mover.warned_below = True
+        warnings.warn(
+            f"SliceFine: a gradient goes on below the window of blocks ({state.layer_name}), so it saves neither "
+            "time nor memory. Something below requires one: trained embeddings, modules_to_save, or inputs after "
+            "enable_input_require_grads() (gradient checkpointing with use_reentrant=False does without).",
+            UserWarning,
+            stacklevel=4,
         )
 
 

@@ -20,7 +20,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from .errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
 from .geometry import Slice
 from .layer import SliceLinear
-from .schedule import POLICIES, Moves, plan_moves, slice_at, wrap_visit
+from .schedule import POLICIES, Moves, plan_moves, wrap_visit
+from .window import Place, Window, block_numbers
 
 __all__ = ["FALLBACK_INTERVAL", "Mover", "MoveSettings", "movers_of", "reset_optimizer_state"]
 
@@ -68,6 +69,7 @@ class MoveSettings:
         state_policy: ``"reset"`` starts the new slice with fresh optimizer state, ``"rewarm"`` also scales its first
             updates up from zero, ``"keep"`` leaves the old slice's state in place (for study).
         rewarm_steps: length of that ramp in optimizer steps.
+        window: train only the layers of a moving group of blocks; None trains all of them at once.
     """
 
     moves: int | None = 8
@@ -76,6 +78,7 @@ class MoveSettings:
     minimum_steps: int = 50
     state_policy: str = "reset"
     rewarm_steps: int = 10
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         if self.state_policy not in POLICIES:
@@ -124,6 +127,7 @@ class Mover:
     foreign_steps: int = 0
     stepped: bool = False
     warned: bool = False
+    warned_below: bool = False
     _owners: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet, repr=False)
     _seen: tuple[Tensor, int] | None = field(default=None, repr=False)  # gradient at the last foreign step
     _pace: weakref.ref[Optimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
@@ -132,6 +136,8 @@ class Mover:
         _MOVERS.add(self)
         for layer in self.layers.values():  # the layers keep the mover alive, whatever the user keeps
             layer.states[self.name].mover = self
+        if self.settings.window is not None and self.layers:
+            self._place(self.settings.window)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_owners", "_pace", "_seen")}
@@ -146,7 +152,7 @@ class Mover:
     @property
     def step(self) -> int:
         """Optimizer steps that trained this adapter so far."""
-        return next((layer.states[self.name].journal.step for layer in self._with_adapter()), 0)
+        return max((layer.states[self.name].journal.step for layer in self._with_adapter()), default=0)
 
     @property
     def visits(self) -> int:
@@ -158,9 +164,9 @@ class Mover:
         return sum(layer.active_entries(self.name) for layer in self._with_adapter())
 
     def slices(self) -> dict[str, Slice]:
-        """The active slice of every layer."""
-        journals = {name: layer.states[self.name].journal for name, layer in self._own().items()}
-        return {name: journal.active for name, journal in journals.items() if journal.visits}
+        """The active slice of every layer that trains now."""
+        states = {name: layer.states[self.name] for name, layer in self._own().items()}
+        return {name: s.journal.active for name, s in states.items() if s.journal.visits and not s.idle}
 
     def begin_run(self, total_steps: int | None, done: int = 0) -> None:
         """Tell the run's length, and how many of its optimizer steps were done before (when resuming).
@@ -212,7 +218,7 @@ class Mover:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
             return
-        self._write_back(owned)
+        self._write_back([layer for layer in owned if not layer.states[self.name].idle])
         if new_round:
             self._count_step()
 
@@ -236,7 +242,8 @@ class Mover:
 
     def _count_step(self) -> None:
         for layer in self._with_adapter():
-            layer.states[self.name].journal.count_step()
+            if not layer.states[self.name].idle:
+                layer.states[self.name].journal.count_step()
         if self.plan is None:
             self._plan_without_length()
         assert self.plan is not None
@@ -287,12 +294,11 @@ class Mover:
         self._check_finite(layers)
         blocks = {}  # all of them are checked before the first layer moves
         for name, layer in layers.items():
-            state = layer.states[self.name]
-            visit = len(state.journal.visits)
-            blocks[name] = to[name] if name in to else slice_at(state.schedule, visit, layer.shape, state.layer_name)
+            blocks[name] = to[name] if name in to else layer.next_block(self.name)
             layer.check_block(self.name, blocks[name])
+        step = self.step
         for name, layer in layers.items():
-            layer.move(self.name, blocks[name])
+            layer.move(self.name, blocks[name], step)
         self._reset(optimizers)
 
     def _reset(self, optimizers: list[Optimizer]) -> None:
@@ -301,6 +307,14 @@ class Mover:
         for optimizer in optimizers:
             for layer in self._with_adapter():
                 reset_optimizer_state(optimizer, layer.slicefine_active[self.name])
+
+    def _place(self, window: Window) -> None:
+        """Tell every layer which block it belongs to."""
+        numbers = block_numbers(self.layers)
+        count = max(numbers.values()) + 1
+        window.check(count)
+        for name, layer in self.layers.items():
+            layer.stand(self.name, Place(window, numbers[name], count))
 
     # -- guards ---------------------------------------------------------------------------------------------------
 
@@ -378,11 +392,13 @@ class Mover:
                 stacklevel=2,
             )
         for name, layer in self._own().items():
-            wrap = wrap_visit(layer.states[self.name].schedule, layer.shape)
-            if wrap is not None and due >= wrap and not self.warned:
+            state = layer.states[self.name]
+            wrap = wrap_visit(state.schedule, layer.shape)
+            own = due if state.place is None else state.place.turn(due + 1) - 1
+            if wrap is not None and own >= wrap and not self.warned:
                 self.warned = True
                 warnings.warn(
-                    f"SliceFine: {due} moves go around the matrix of {name} (shape {layer.shape}) from move {wrap} on, "
+                    f"SliceFine: {own} moves go around the matrix of {name} (shape {layer.shape}) from move {wrap} on, "
                     "so slices are trained again. Use fewer moves or a smaller rank if that is not wanted.",
                     UserWarning,
                     stacklevel=2,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .journal import Journal
 from .schedule import Schedule
+from .window import Place
 
 __all__ = ["ORIGINALS", "AdapterState", "AdapterTensors", "new_stamp"]
 
@@ -36,6 +37,9 @@ class AdapterState:
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
         self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
+        self.place: Place | None = None  # under a window of blocks; None: the layer always trains
+        self.idle = False  # outside the window now: the forward attaches no slice
+        self.below = False  # idle, and below the window: no gradient should come here
         self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
 

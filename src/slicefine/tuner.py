@@ -19,6 +19,7 @@ from .errors import AdapterFileError, ConfigError
 from .layer import SliceLinear, supports
 from .mover import Mover, MoveSettings
 from .schedule import Positions, Schedule
+from .window import make_window
 
 __all__ = ["FORMAT_VERSION", "SliceTuner", "attach", "linear_names", "match_layers", "matches"]
 
@@ -132,6 +133,9 @@ def attach(
     seed: int = 0,
     history: int = 8,
     train_rest: bool = False,
+    window: int | float | None = None,
+    window_order: str = "top-down",
+    window_dwell: str | Sequence[int] = "uniform",
     **moves: Any,
 ) -> SliceTuner:
     """Train one slice of each chosen layer of any model, in place.
@@ -147,6 +151,7 @@ def attach(
         seed: of random positions and masks.
         history: how many moves can be undone.
         train_rest: leave ``requires_grad`` of all other parameters as it is (a new head, for example).
+        window, window_order, window_dwell: train only a moving group of blocks; see `Window`.
         **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps.
 
     Raises:
@@ -160,7 +165,7 @@ def attach(
     """
     row, column = (r if rank is None else rank for rank in (r_row, r_column))
     schedule = Schedule(mode, row, column, positions, mask_fraction, seed)
-    settings = MoveSettings(**moves)
+    settings = MoveSettings(**moves, window=make_window(window, window_order, window_dwell, seed))
     if any(isinstance(module, SliceLinear) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
     names = match_layers(model, target_modules, exclude_modules)

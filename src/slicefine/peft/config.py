@@ -14,6 +14,7 @@ from peft.utils import PeftType
 from ..errors import ConfigError
 from ..mover import MoveSettings
 from ..schedule import Schedule
+from ..window import make_window
 from .registration import NAME
 
 __all__ = ["SliceFineConfig"]
@@ -55,7 +56,11 @@ class SliceFineConfig(PeftConfig):
         minimum_steps: see ``moves``.
         state_policy: optimizer state at a move: ``"reset"``, ``"rewarm"`` or ``"keep"``.
         rewarm_steps: length of the ramp of ``"rewarm"``.
-        seed: of random positions and masks.
+        window: train only the layers of a moving group of blocks: how many (an int), or which share of them (a float);
+            backward stops at its lower edge. None trains all layers at once. See `slicefine.window.Window`.
+        window_order: ``"top-down"``, ``"bottom-up"``, ``"random"`` or ``"fixed"`` (the top window stays).
+        window_dwell: visits per window: ``"uniform"``, ``"top-heavy"``, or one number each, the top one's first.
+        seed: of random positions, masks and windows.
         history: how many moves can be undone.
         init_weights: False perturbs the first slice, so that the adapter is not the identity (for tests).
         target_modules: names, a regular expression, ``"all-linear"``, or None for the architecture's default
@@ -86,7 +91,10 @@ class SliceFineConfig(PeftConfig):
     minimum_steps: int = field(default=50, metadata={"help": "Least steps per position when moves is given."})
     state_policy: str = field(default="reset", metadata={"help": "Optimizer state at a move."})
     rewarm_steps: int = field(default=10, metadata={"help": "Length of the ramp of rewarm."})
-    seed: int = field(default=0, metadata={"help": "Seed of random positions and masks."})
+    window: float | None = field(default=None, metadata={"help": "Blocks that train at a time (int), or their share."})
+    window_order: str = field(default="top-down", metadata={"help": "top-down, bottom-up, random or fixed."})
+    window_dwell: Any = field(default="uniform", metadata={"help": "uniform, top-heavy, or visits per window."})
+    seed: int = field(default=0, metadata={"help": "Seed of random positions, masks and windows."})
     history: int = field(default=8, metadata={"help": "How many moves can be undone."})
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the first slice (for tests)."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to train."})
@@ -129,7 +137,13 @@ class SliceFineConfig(PeftConfig):
     def move_settings(self) -> MoveSettings:
         """When to move, and the policy for optimizer state."""
         return MoveSettings(
-            self.moves, self.interval, self.total_steps, self.minimum_steps, self.state_policy, self.rewarm_steps
+            self.moves,
+            self.interval,
+            self.total_steps,
+            self.minimum_steps,
+            self.state_policy,
+            self.rewarm_steps,
+            make_window(self.window, self.window_order, self.window_dwell, self.seed),
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

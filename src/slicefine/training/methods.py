@@ -149,6 +149,9 @@ def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings, positions
         minimum_steps=chosen.minimum_steps,
         state_policy=chosen.state_policy,
         rewarm_steps=chosen.rewarm_steps,
+        window=chosen.window,
+        window_order=chosen.window_order,
+        window_dwell=chosen.window_dwell,
         seed=settings.training.seed if chosen.seed is None else chosen.seed,
     )
 

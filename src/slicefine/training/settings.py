@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..mover import MoveSettings
 from ..schedule import POSITIONS, Schedule
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
+from ..window import make_window
 
 __all__ = ["LEARNING_RATES", "METHODS", "MethodSettings", "SliceSettings", "TrainSettings", "TrainingSettings"]
 
@@ -58,7 +59,11 @@ class SliceSettings:
         minimum_steps: with moves, steps that a position gets at least.
         state_policy: optimizer state at a move: reset, rewarm or keep.
         rewarm_steps: length of the ramp of rewarm.
-        seed: of random positions and masks; None is training.seed.
+        window: train only the layers of a moving group of blocks: how many (2), or which share of them (0.5); backward
+            stops at its lower edge. None trains all layers at once.
+        window_order: top-down, bottom-up, random, or fixed (the top window stays).
+        window_dwell: visits per window: uniform, top-heavy, or one number each, the top window's first.
+        seed: of random positions, masks and windows; None is training.seed.
         target_modules: "all-linear", names, a regular expression, or null for the architecture's default.
         exclude_modules: names or a regular expression of layers to leave out.
         layers_to_transform: indices of the layers to train; null is all.
@@ -76,6 +81,9 @@ class SliceSettings:
     minimum_steps: int = 50
     state_policy: str = "reset"
     rewarm_steps: int = 10
+    window: int | float | None = None
+    window_order: str = "top-down"
+    window_dwell: str | list[int] = "uniform"
     seed: int | None = None
     target_modules: str | list[str] | None = "all-linear"
     exclude_modules: str | list[str] | None = None
@@ -89,7 +97,10 @@ class SliceSettings:
             raise ConfigError(f"slice.positions={self.positions!r} is unknown; expected {known}, or a list of starts.")
         try:
             Schedule(self.mode, row, column, "sweep" if self.by_energy else self.positions, self.mask_fraction)
-            MoveSettings(self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps)
+            window = make_window(self.window, self.window_order, self.window_dwell, self.seed or 0)
+            MoveSettings(
+                self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps, window
+            )
         except ConfigError as error:
             raise ConfigError(f"slice: {error}") from error
 
