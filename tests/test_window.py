@@ -74,7 +74,14 @@ def test_turns_count_the_visits_inside(count, size, order, visits):
 
 
 def test_blocks_come_from_names():
-    names = ["embed.project", "encoder.block.0.a", "encoder.block.1.a", "decoder.block.0.a", "decoder.block.0.b", "head"]
+    names = [
+        "embed.project",
+        "encoder.block.0.a",
+        "encoder.block.1.a",
+        "decoder.block.0.a",
+        "decoder.block.0.b",
+        "head",
+    ]
     assert list(block_numbers(names).values()) == [0, 0, 1, 2, 2, 2]
 
 

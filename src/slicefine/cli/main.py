@@ -11,6 +11,7 @@ __all__ = ["main"]
 
 _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
+    *("lm_head", "checkpointing", "compiled", "memory"),
     *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
 
@@ -38,12 +39,12 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import eval, info, merge, train
+    from . import bench, eval, info, merge, train
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
-    verbs = {"train": train, "eval": eval, "merge": merge, "info": info}
+    verbs = {"train": train, "eval": eval, "merge": merge, "info": info, "bench": bench}
     for name, verb in verbs.items():
         commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
     chosen = parser.parse_args(normalise(argv))

@@ -1,0 +1,196 @@
+"""Measure methods interleaved: every round each of them makes one step, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import resource
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from .methods import FLOOR, METHODS
+from .settings import BenchSettings
+from .shapes import Shape, make_batch, make_model, step_loss
+from .workload import Workload
+
+__all__ = ["Row", "ShapeResult", "iterate", "measure_shape", "noise"]
+
+
+@dataclass
+class Row:
+    """What was measured of one method. Times are seconds, sizes bytes; ratios are to the floor of the same round.
+
+    Attributes:
+        ratio, low, high: median and quartiles of step time / floor.
+        step, forward, backward, optimizer: median seconds.
+        per_second: tokens, images or clips per second at the median step.
+        saved: bytes that the forward keeps for backward, weights left out.
+        peak: peak memory of a step: on a GPU the allocator's, beyond what was there before; on a CPU the growth of
+            the resident set of a process of its own; None if not measured.
+        state: bytes of optimizer state.
+        trainable: entries in training at a time.
+        file: bytes of the file that a user keeps.
+        extras: seconds of a move, of saving, loading and switching, where the method has them.
+    """
+
+    method: str
+    ratio: float
+    low: float
+    high: float
+    step: float
+    forward: float
+    backward: float
+    optimizer: float
+    per_second: float
+    saved: int
+    state: int
+    trainable: int
+    file: int
+    peak: int | None = None
+    extras: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class ShapeResult:
+    """All rows of one model shape, and the methods that it cannot have, with the reason."""
+
+    shape: Shape
+    rows: list[Row]
+    skipped: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str], None] = lambda _: None) -> ShapeResult:
+    """Measure all methods on one shape, ``settings.together`` of them at a time beside the floor.
+
+    Args:
+        settings: what to measure.
+        shape: the model.
+        report: told about progress.
+
+    Raises:
+        BenchError: if a method does not compute what it should; then nothing is timed.
+    """
+    device, dtype = torch.device(settings.device), settings.torch_dtype
+    base = make_model(shape, settings.seed).to(device, dtype)
+    batch = make_batch(shape, device, dtype, settings.seed + 1)
+    names = settings.method_names()[2:]
+    rows: dict[str, Row] = {}
+    skipped: dict[str, str] = {}
+    expected, gradients = _expectations(base, batch)
+    for at in range(0, max(1, len(names)), settings.together):
+        group = [FLOOR, "floor again", *names[at : at + settings.together]]
+        report(f"{shape.name}: building and checking {', '.join(group[2:])}")
+        workloads = {}
+        for name in group:
+            try:
+                workloads[name] = Workload(
+                    name, METHODS[name], base, shape.family, batch, settings.checkpointing, settings.compiled
+                )
+            except UnsupportedError as error:
+                skipped[name] = str(error)
+                continue
+            workloads[name].check(expected, gradients)
+        for name, row in _measure_group(settings, shape, workloads, report).items():
+            rows.setdefault(name, row)
+        del workloads
+        gc.collect()
+    if settings.memory and device.type == "cpu":
+        for name, row in rows.items():
+            report(f"{shape.name}: peak memory of {name}")
+            row.peak = _peak_in_own_process(settings, shape, name)
+    return ShapeResult(shape, list(rows.values()), skipped)
+
+
+def noise(result: ShapeResult) -> float:
+    """How far the floor lies from itself: |ratio - 1| of the second floor."""
+    return abs(next(row.ratio for row in result.rows if row.method == "floor again") - 1)
+
+
+def _expectations(base: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The base's output and the dense gradients of its matrices, which slices are checked against."""
+    matrices = {name: p for name, p in base.named_parameters() if p.dim() == 2}
+    base.train().requires_grad_(False)
+    for parameter in matrices.values():
+        parameter.requires_grad_(True)
+    step_loss(base, batch).backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in matrices.items() if p.grad is not None}
+    base.requires_grad_(False)
+    for parameter in matrices.values():
+        parameter.grad = None
+    with torch.no_grad():
+        output = base(**batch)
+    return (output.logits if "labels" in batch else output.last_hidden_state).float(), gradients
+
+
+def _measure_group(
+    settings: BenchSettings, shape: Shape, workloads: dict[str, Workload], report: Callable[[str], None]
+) -> dict[str, Row]:
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in workloads}
+    for number in range(settings.warmup + settings.rounds):
+        report(f"{shape.name}: round {number + 1} of {settings.warmup + settings.rounds}")
+        for name, workload in workloads.items():
+            gc.collect()
+            measured = workload.step()
+            if number >= settings.warmup:
+                times[name].append(measured)
+    floor = [sum(t) for t in times[FLOOR]]
+    return {name: _row(shape, workload, times[name], floor) for name, workload in workloads.items()}
+
+
+def _row(shape: Shape, workload: Workload, times: list[tuple[float, float, float]], floor: list[float]) -> Row:
+    totals = [sum(t) for t in times]
+    ratios = [mine / other for mine, other in zip(totals, floor, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    step = statistics.median(totals)
+    forward, backward, optimizer = (statistics.median(t[i] for t in times) for i in range(3))
+    peak = workload.peak_step() if workload.device.type == "cuda" else None
+    return Row(
+        workload.name, middle, low, high, step, forward, backward, optimizer, shape.items[0] / step,
+        workload.saved_bytes(), workload.state_bytes(), workload.trainable(), workload.file_bytes(), peak,
+        workload.extras(),
+    )  # fmt: skip
+
+
+def _peak_in_own_process(settings: BenchSettings, shape: Shape, name: str) -> int:
+    """Growth of a fresh process's largest resident set over three steps, the model itself left out."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (settings, shape, name))
+
+
+def _peak(settings: BenchSettings, shape: Shape, name: str) -> int:
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    base = make_model(shape, settings.seed).to(settings.torch_dtype)
+    batch = make_batch(shape, torch.device("cpu"), settings.torch_dtype, settings.seed + 1)
+    workload = Workload(name, METHODS[name], base, shape.family, batch, settings.checkpointing)
+    del base
+    gc.collect()
+    before = _resident()
+    for _ in range(3):
+        workload.step()
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def _resident() -> int:
+    """Bytes in the resident set now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def iterate(settings: BenchSettings, report: Callable[[str], None]) -> Iterator[ShapeResult]:
+    """Measure shape after shape."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    for shape in settings.shapes():
+        yield measure_shape(settings, shape, report)

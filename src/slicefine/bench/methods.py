@@ -1,0 +1,189 @@
+"""The methods that are timed, each as a function from a frozen model to a model that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, UnsupportedError
+
+__all__ = ["FLOOR", "METHODS", "SUITES", "Method", "make_optimizer", "methods_of"]
+
+FLOOR = "floor"
+_NORMS = {
+    "roberta": ["attention.output.LayerNorm", "output.LayerNorm"],
+    "llama": ["input_layernorm", "post_attention_layernorm"],
+    "vit": ["layernorm_before", "layernorm_after"],
+    "videomae": ["layernorm_before", "layernorm_after"],
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the table.
+
+    Attributes:
+        build: ``(frozen model, family) -> model``; may raise `UnsupportedError` where a model lacks what it trains.
+        optimizer: ``"adamw"`` (fused) or ``"lora-fa"``.
+        slices: whether it is SliceFine: its gradients are checked against a dense backward, and its moves are timed.
+        to_inputs: whether gradients flow to the embeddings; a window stops above them.
+        identity: whether it computes what the base computes before the first step.
+    """
+
+    build: Callable[[Any, str], Any]
+    optimizer: str = "adamw"
+    slices: bool = False
+    to_inputs: bool = True
+    identity: bool = True
+
+
+def make_optimizer(method: Method, model: Any, rate: float = 1e-5) -> torch.optim.Optimizer | None:
+    """The method's optimizer over what it trains, in its fastest form; None if nothing trains."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        return None
+    if method.optimizer == "lora-fa":
+        from peft.optimizers import create_lorafa_optimizer
+
+        config = model.peft_config["default"]
+        made: torch.optim.Optimizer = create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=rate)
+        return made
+    return torch.optim.AdamW(trained, lr=rate, fused=True)
+
+
+def _sliced(mode: str, r: int, **settings: Any) -> Method:
+    def build(model: Any, family: str) -> Any:
+        from peft import get_peft_model
+
+        from ..peft import SliceFineConfig
+
+        # timed steps must not move by themselves: a move is timed on its own
+        config = SliceFineConfig(r=r, mode=mode, interval=10**9, target_modules="all-linear", **settings)
+        return get_peft_model(model, config)
+
+    return Method(build, slices=True, to_inputs="window" not in settings)
+
+
+def _listing1(mode: str, r: int) -> Method:
+    def build(model: Any, family: str) -> Any:
+        from ..reference import Listing1Linear
+        from ..tuner import match_layers
+
+        head = model.get_output_embeddings()
+        for name in match_layers(model, "all-linear"):
+            parent, _, child = name.rpartition(".")
+            layer = model.get_submodule(name)
+            if layer is not head:
+                setattr(model.get_submodule(parent), child, Listing1Linear(layer, mode, r))
+        return model
+
+    return Method(build)
+
+
+def _peft(config: Callable[[str], Any], default_dtype: bool = False, **settings: Any) -> Method:
+    """A method of PEFT; ``default_dtype`` keeps its fp32 adapters over a half-precision base."""
+
+    def build(model: Any, family: str) -> Any:
+        from peft import get_peft_model
+
+        return get_peft_model(model, config(family), autocast_adapter_dtype=default_dtype)
+
+    return Method(build, **settings)
+
+
+def _config(name: str, **settings: Any) -> Callable[[str], Any]:
+    def make(family: str) -> Any:
+        import peft
+
+        return getattr(peft, name)(target_modules="all-linear", **settings)
+
+    return make
+
+
+def _layer_norms(family: str) -> Any:
+    from peft import LNTuningConfig
+
+    return LNTuningConfig(target_modules=_NORMS[family])
+
+
+def _ia3(family: str) -> Any:
+    """(IA)^3 on keys, values and the feed-forward's last layer, as in its paper."""
+    from peft import IA3Config
+
+    last = {"roberta": r".*layer\.\d+\.output\.dense", "llama": r".*down_proj"}.get(
+        family, r".*mlp\.fc2|.*output\.dense"
+    )
+    keys = {"roberta": r".*(key|value)", "llama": r".*(k_proj|v_proj)"}.get(family, r".*(key|value|k_proj|v_proj)")
+    return IA3Config(target_modules=f"{keys}|{last}", feedforward_modules=last)
+
+
+def _bitfit(model: Any, family: str) -> Any:
+    biases = [p for name, p in model.named_parameters() if name.endswith(".bias")]
+    if not biases:
+        raise UnsupportedError(f"bitfit trains biases, and a {family} model has none.")
+    for bias in biases:
+        bias.requires_grad_(True)
+    return model
+
+
+def _full(model: Any, family: str) -> Any:
+    return model.requires_grad_(True)
+
+
+def _frozen(model: Any, family: str) -> Any:
+    return model.requires_grad_(False)
+
+
+METHODS: dict[str, Method] = {
+    FLOOR: Method(_frozen),
+    "floor again": Method(_frozen),
+    **{f"{mode} r={r}": _sliced(mode, r) for mode in ("row", "column", "alternate") for r in (1, 5, 12, 32)},
+    "random mask": _sliced("random_mask", 5),
+    "window 1/2": _sliced("column", 5, window=0.5, window_order="fixed"),
+    "window 1/3": _sliced("column", 5, window=1 / 3, window_order="fixed"),
+    "window 1/2 low": _sliced("column", 5, window=0.5, window_order="bottom-up"),
+    "listing 1 row r=5": _listing1("row", 5),
+    "listing 1 column r=5": _listing1("column", 5),
+    "lora r=8": _peft(_config("LoraConfig", r=8)),
+    "lora r=8 (default dtype)": _peft(_config("LoraConfig", r=8), default_dtype=True),
+    "lora r=32": _peft(_config("LoraConfig", r=32)),
+    "lora-fa r=8": _peft(_config("LoraConfig", r=8), optimizer="lora-fa"),
+    "dora r=8": _peft(_config("LoraConfig", r=8, use_dora=True)),
+    "adalora": _peft(_config("AdaLoraConfig", init_r=8, target_r=8, total_step=10**6)),
+    "vera": _peft(_config("VeraConfig", r=256, vera_dropout=0.0)),
+    "ia3": _peft(_ia3),
+    "ln tuning": _peft(_layer_norms),
+    "shira": _peft(_config("ShiraConfig", r=8)),
+    "miss": _peft(_config("MissConfig", r=8, miss_dropout=0.0)),
+    "hra": _peft(_config("HRAConfig", r=8)),
+    "oft": _peft(_config("OFTConfig", oft_block_size=32, module_dropout=0.0)),
+    "bitfit": Method(_bitfit),
+    "full": Method(_full),
+}
+
+_CORE = ("row r=5", "column r=5", "alternate r=5", "lora r=8", "listing 1 row r=5", "listing 1 column r=5")
+SUITES: dict[str, tuple[str, ...]] = {
+    "core": _CORE,
+    "ranks": tuple(f"{mode} r={r}" for mode in ("row", "column", "alternate") for r in (1, 5, 12, 32)),
+    "windows": ("column r=5", "window 1/2", "window 1/2 low", "window 1/3"),
+    "peft": (*_CORE[:3], *(n for n in METHODS if METHODS[n].build not in (_frozen, _full) and not METHODS[n].slices)),
+    "full": tuple(name for name in METHODS if not name.startswith(FLOOR)),
+}
+
+
+def methods_of(suite: str, names: list[str] | None) -> list[str]:
+    """The floor twice, then the methods of a suite, or the named ones.
+
+    Raises:
+        ConfigError: for an unknown suite or method.
+    """
+    if suite not in SUITES:
+        raise ConfigError(f"bench.suite={suite!r} is unknown; expected one of {', '.join(SUITES)}.")
+    chosen = list(SUITES[suite]) if names is None else names
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"bench.methods: {unknown[0]!r} is unknown; expected some of {', '.join(METHODS)}.")
+    return [FLOOR, "floor again", *(name for name in dict.fromkeys(chosen) if not name.startswith(FLOOR))]

@@ -1,0 +1,234 @@
+"""One method on its own copy of a model: a step, and everything else that is measured or checked about it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SliceFineError
+from ..mover import movers_of
+from .methods import Method, make_optimizer
+from .shapes import step_loss
+
+__all__ = ["BenchError", "Workload"]
+
+
+class BenchError(SliceFineError, RuntimeError):
+    """A method that is about to be timed does not compute what it should."""
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Without re-entrance, under the name that this version of transformers has for it."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+class Workload:
+    """A method, ready to be timed.
+
+    Args:
+        name, method: the method.
+        base: the frozen model; it is copied.
+        family: its family, for methods that name layers.
+        batch: the inputs of every step.
+        checkpointing: recompute activations in the backward pass.
+        compiled: run the model through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        base: Any,
+        family: str,
+        batch: dict[str, Tensor],
+        checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.name, self.method, self.batch = name, method, batch
+        self.base_parameters = sum(p.numel() for p in base.parameters())
+        self.model: Any = method.build(copy.deepcopy(base), family).train()
+        if checkpointing:
+            _enable_checkpointing(self.model)
+        if method.to_inputs:  # the floor: gradients flow to the embeddings
+            self.model.get_input_embeddings().register_forward_hook(lambda _, args, y: y.requires_grad_())
+        self.optimizer = make_optimizer(method, self.model)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
+        self.device = next(iter(batch.values())).device
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Seconds, once the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def step(self) -> tuple[float, float, float]:
+        """Seconds of forward, backward, and the optimizer with everything that hangs on it."""
+        begin = self.now()
+        loss = step_loss(self.forward, self.batch)
+        middle = self.now()
+        loss.backward()  # type: ignore[no-untyped-call]
+        end = self.now()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return middle - begin, end - middle, self.now() - end
+
+    def peak_step(self) -> int:
+        """Bytes of device memory that one step needs beyond what is there before it (CUDA only)."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.step()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+
+    def trainable(self) -> int:
+        """Entries that the optimizer changes now; padding does not count."""
+        movers = movers_of(self.model)
+        if movers:
+            return sum(mover.active_entries() for mover in movers)
+        return sum(p.numel() for p in self.trained)
+
+    def saved_bytes(self) -> int:
+        """Bytes of distinct storages that the forward keeps for backward, weights not counted."""
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        found: dict[int, int] = {}
+        keep = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.is_sparse:  # SHiRA's delta: values and indices, no storage of its own
+                parts = (tensor._values(), tensor._indices())
+                found[id(tensor)] = sum(part.numel() * part.element_size() for part in parts)
+                keep.append(tensor)
+                return tensor
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+                keep.append(tensor)  # a freed storage's address would be counted once for two tensors
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = step_loss(self.model, self.batch)
+        del loss
+        return sum(found.values())
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state after a step."""
+        if self.optimizer is None:
+            return 0
+        tensors = (v for state in self.optimizer.state.values() for v in state.values())
+        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+    def file_bytes(self) -> int:
+        """Bytes of the file that a user keeps: the adapter, or what was trained."""
+        if not hasattr(self.model, "peft_config"):
+            return sum(p.numel() * p.element_size() for p in self.trained)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model.save_pretrained(folder)
+            return sum(file.stat().st_size for file in Path(folder).iterdir())
+
+    # -- what users do beside training ----------------------------------------------------------------------------
+
+    def seconds_of(self, action: Callable[[], Any], times: int = 5) -> float:
+        """Median seconds of an action, the first time left out."""
+        seconds = []
+        for _ in range(times + 1):
+            begin = self.now()
+            action()
+            seconds.append(self.now() - begin)
+        return sorted(seconds[1:])[times // 2]
+
+    def extras(self) -> dict[str, float]:
+        """Seconds of a move, of saving, and of switching the adapter off and on, where the method has them."""
+        result: dict[str, float] = {}
+        movers = movers_of(self.model)
+        if movers:
+            result["move"] = self.seconds_of(movers[0].move)
+        if not hasattr(self.model, "peft_config"):
+            return result
+        with tempfile.TemporaryDirectory() as folder:
+            result["save"] = self.seconds_of(lambda: self.model.save_pretrained(folder), times=3)
+            result["load"] = self._load_seconds(folder)
+        tuner = self.model.base_model
+
+        def switch() -> None:
+            tuner.disable_adapter_layers()
+            tuner.enable_adapter_layers()
+
+        def merge() -> None:
+            tuner.merge_adapter()
+            tuner.unmerge_adapter()
+
+        # a slice's weight holds its values: off and on is what merging and unmerging is for LoRA
+        action = switch if self.method.slices else merge
+        with contextlib.suppress(AttributeError, NotImplementedError, ValueError):  # some methods cannot be merged
+            result["switch"] = self.seconds_of(action)
+        return result
+
+    def _load_seconds(self, folder: str) -> float:
+        begin = self.now()
+        self.model.load_adapter(folder, "again")
+        seconds = self.now() - begin
+        self.model.delete_adapter("again")
+        return seconds
+
+    # -- correct before it is timed -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        """Logits or hidden states on the batch."""
+        result = self.model(**self.batch)
+        tensor: Tensor = result.logits if "labels" in self.batch else result.last_hidden_state
+        return tensor.float()
+
+    def check(self, expected: Tensor, gradients: dict[str, Tensor] | None) -> None:
+        """Raise `BenchError` unless the method starts as the base and trains what it says.
+
+        Args:
+            expected: the base model's output on the batch.
+            gradients: dense gradients of the base's weights by name, for slices; None leaves that check out.
+        """
+        scale = float(expected.abs().max())
+        error = float((self.output() - expected).abs().max()) / scale
+        tolerance = 1e-4 if next(self.model.parameters()).dtype == torch.float32 else 5e-2
+        if self.method.identity and not error <= tolerance:
+            raise BenchError(f"{self.name}: its output differs from the base model's by {error:.1e} of the largest.")
+        step_loss(self.model, self.batch).backward()  # type: ignore[no-untyped-call]
+        reached = [p.grad for p in self.trained if p.grad is not None]
+        if self.trained and (not reached or not all(bool(gradient.isfinite().all()) for gradient in reached)):
+            raise BenchError(f"{self.name}: no gradient, or one that is not finite, reaches what it trains.")
+        if self.method.slices and gradients is not None:
+            self._check_slices(gradients)
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def _check_slices(self, gradients: dict[str, Tensor]) -> None:
+        from ..functional import read_block
+
+        (mover,) = movers_of(self.model)
+        for name, block in mover.slices().items():
+            layer = mover.layers[name]
+            found = layer.slicefine_active[mover.name].grad
+            dense = next(g for n, g in gradients.items() if f"{name}.weight".endswith(n))
+            wanted = read_block(dense, block, layer.states[mover.name].index)
+            if found is None:
+                raise BenchError(f"{self.name}: {name} gets no gradient.")
+            ours = found[: wanted.shape[0], : wanted.shape[1]].to(wanted.dtype)
+            tolerance = 1e-3 if dense.dtype == torch.float32 else 5e-2
+            if not torch.allclose(ours, wanted, rtol=tolerance, atol=tolerance * float(dense.abs().max())):
+                raise BenchError(f"{self.name}: the gradient of {block} of {name} is not the dense gradient's.")

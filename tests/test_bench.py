@@ -1,0 +1,203 @@
+"""The benchmark measures what it says: every method correct first, interleaved, and refused by name where it cannot run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from slicefine import functional
+from slicefine.bench import measure
+from slicefine.bench.methods import METHODS, SUITES, Method, methods_of
+from slicefine.bench.run import run_bench
+from slicefine.bench.settings import BenchSettings
+from slicefine.bench.shapes import SHAPES, find_shape, make_batch, make_model, step_loss
+from slicefine.bench.workload import BenchError, Workload
+from slicefine.cli.main import main
+from slicefine.errors import ConfigError, UnsupportedError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:peft"),  # what rivals say of their own settings
+]
+
+TINY = {
+    "roberta": find_shape("roberta", layers=2, width=64, batch=2, length=8),
+    "llama": find_shape("llama", layers=2, width=64, batch=2, length=8),
+    "vit": replace(find_shape("vit-b16", layers=2, width=64, batch=2)),
+    "videomae": replace(find_shape("videomae-base", layers=1, width=64, batch=1)),
+}
+CPU = torch.device("cpu")
+
+
+def workload(name, shape, **options):
+    base = make_model(shape)
+    batch = make_batch(shape, CPU, torch.float32)
+    expected, gradients = measure._expectations(base, batch)
+    made = Workload(name, METHODS[name], base, shape.family, batch, **options)
+    return made, expected, gradients
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_is_correct_and_steps(name, family):
+    if (name, family) == ("bitfit", "llama"):
+        with pytest.raises(UnsupportedError, match=r"bitfit trains biases, and a llama model has none"):
+            workload(name, TINY[family])
+        return
+    made, expected, gradients = workload(name, TINY[family])
+    made.check(expected, gradients)
+    assert all(p.grad is None for p in made.trained)
+    before = [p.detach().clone() for p in made.trained]
+    assert min(made.step()) >= 0
+    assert (made.trainable() > 0) is (not name.startswith("floor"))
+    if before:
+        assert any(not torch.equal(a, b) for a, b in zip(before, made.trained, strict=True))
+        assert made.state_bytes() > 0
+
+
+@pytest.mark.parametrize("family", ["vit", "videomae"])
+@pytest.mark.parametrize("name", ["floor", "column r=5", "lora r=8", "ia3", "ln tuning", "bitfit", "window 1/2"])
+def test_pictures_and_clips(name, family):
+    made, expected, gradients = workload(name, TINY[family])
+    made.check(expected, gradients)
+    made.step()
+
+
+def test_the_floor_reaches_the_embeddings_and_a_window_does_not():
+    seen = {}
+    for name in ("floor", "column r=5", "window 1/2"):
+        made, _, _ = workload(name, TINY["roberta"])
+        made.model.get_input_embeddings().register_forward_hook(
+            lambda _, args, y, name=name: seen.__setitem__(name, y.requires_grad)
+        )
+        made.step()
+    assert seen == {"floor": True, "column r=5": True, "window 1/2": False}
+
+
+def test_a_window_keeps_less_and_columns_keep_the_floor():
+    saved = {name: workload(name, TINY["roberta"])[0].saved_bytes() for name in ("floor", "column r=1", "row r=1")}
+    saved["window"] = workload("window 1/2", TINY["roberta"])[0].saved_bytes()
+    tokens, layers = 16, 12
+    assert saved["window"] < saved["floor"] < saved["column r=1"] < saved["row r=1"]
+    # a column slice keeps its columns and its index, nothing else
+    assert saved["column r=1"] == saved["floor"] + layers * (tokens * 4 + 8)
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch):
+    made, expected, gradients = workload("row r=5", TINY["roberta"])
+    right = functional.block_gradient
+    monkeypatch.setattr(functional, "block_gradient", lambda *args: 2 * right(*args))
+    with pytest.raises(BenchError, match=r"row r=5: the gradient of Slice\(axis='row'.* is not the dense gradient's"):
+        made.check(expected, gradients)
+
+
+def test_a_method_that_starts_elsewhere_is_not_timed():
+    made, expected, gradients = workload("lora r=8", TINY["roberta"])
+    with pytest.raises(BenchError, match=r"lora r=8: its output differs from the base model's by"):
+        made.check(expected + 1, gradients)
+
+
+def test_a_method_that_trains_nothing_it_reaches_is_not_timed():
+    def unused(model, family):
+        model.unused = nn.Parameter(torch.zeros(1))
+        return model
+
+    shape = TINY["roberta"]
+    base, batch = make_model(shape), make_batch(shape, CPU, torch.float32)
+    expected, _ = measure._expectations(base, batch)
+    with pytest.raises(BenchError, match=r"unused: no gradient, or one that is not finite"):
+        Workload("unused", Method(unused), base, shape.family, batch).check(expected, None)
+
+
+def test_checkpointing_gives_the_same_gradients():
+    plain, *_ = workload("column r=5", TINY["roberta"])
+    again, *_ = workload("column r=5", TINY["roberta"], checkpointing=True)
+    for made in (plain, again):
+        step_loss(made.model, made.batch).backward()
+    for mine, other in zip(plain.trained, again.trained, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+    assert again.saved_bytes() < plain.saved_bytes()
+
+
+def test_rounds_are_interleaved_and_ratios_paired(monkeypatch):
+    order = []
+
+    def step(self):
+        order.append(self.name)
+        cost = {"floor": 1.0, "floor again": 1.0, "full": 3.0}[self.name] * len(order)  # the machine slows down
+        return cost / 4, cost / 2, cost / 4
+
+    monkeypatch.setattr(Workload, "step", step)
+    settings = BenchSettings(models=["roberta"], methods=["full"], rounds=3, warmup=1, layers=1, width=64, length=8)
+    result = measure.measure_shape(settings, settings.shapes()[0])
+    assert order == ["floor", "floor again", "full"] * 4
+    rows = {row.method: row for row in result.rows}
+    assert rows["floor"].ratio == 1.0
+    assert rows["floor again"].ratio == pytest.approx(8 / 7)
+    assert rows["full"].ratio == pytest.approx(3 * 9 / 7)
+    assert rows["full"].per_second == pytest.approx(16 * 8 / 27)
+    assert measure.noise(result) == pytest.approx(1 / 7)
+
+
+def test_more_methods_than_fit_together_are_measured_in_groups(monkeypatch):
+    order = []
+    monkeypatch.setattr(Workload, "step", lambda self: order.append(self.name) or (1.0, 1.0, 1.0))
+    settings = BenchSettings(
+        models=["llama"], methods=["full", "bitfit", "lora r=8"], rounds=2, warmup=0, layers=1, width=64, length=8,
+        batch=1, together=2,
+    )  # fmt: skip
+    result = measure.measure_shape(settings, settings.shapes()[0])
+    assert order == ["floor", "floor again", "full"] * 2 + ["floor", "floor again", "lora r=8"] * 2
+    assert [row.method for row in result.rows] == ["floor", "floor again", "full", "lora r=8"]
+    assert list(result.skipped) == ["bitfit"]
+
+
+def test_the_command_writes_its_files(tmp_path, capsys):
+    words = ["bench", "--models", "[llama]", "--methods", "[column r=5, lora r=8]", "--rounds", "2", "--layers", "1"]
+    words += ["--width", "64", "--batch", "2", "--length", "8", "--lm-head", "--memory", "--output", str(tmp_path / "b")]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "column r=5" in printed
+    assert "the floor differs from itself by" in printed
+    record = json.loads((tmp_path / "b" / "bench.json").read_text())
+    (result,) = record["results"]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["floor", "floor again", "column r=5", "lora r=8"]
+    assert rows["column r=5"]["extras"].keys() == {"move", "save", "load", "switch"}
+    assert rows["column r=5"]["peak"] > 0
+    assert result["shape"]["lm_head"] is True
+    assert (tmp_path / "b" / "bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--models", "[gpt9]"], "'gpt9' is unknown; expected one of roberta, llama"),
+        (["--methods", "[lora]"], "bench.methods: 'lora' is unknown; expected some of floor"),
+        (["--suite", "all"], "bench.suite='all' is unknown; expected one of core"),
+        (["--rounds", "1"], "bench.rounds=1 must be at least 2"),
+        (["--width", "100"], "bench.width=100 must be a multiple of 64"),
+        (["--batch", "0"], "bench.batch=0 must be at least 1"),
+        (["--dtype", "int8"], "bench.dtype='int8' is unknown"),
+        (["--device", "tpu"], "bench.device='tpu' is unknown"),
+        (["--output", "/dev/null/x"], "bench.output='/dev/null/x' cannot be made"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_measured(words, message, capsys):
+    assert main(["bench", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_suites_name_methods_that_exist():
+    for suite in SUITES:
+        assert methods_of(suite, None)[:2] == ["floor", "floor again"]
+        assert set(methods_of(suite, None)) <= set(METHODS)
+    assert set(methods_of("full", None)) == set(METHODS)
+    assert all(name == shape.name for name, shape in SHAPES.items())
+    with pytest.raises(ConfigError, match=r"expected one of core"):
+        methods_of("none", None)
+    assert callable(run_bench)
