@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: every method correct first, interleaved, and refused by name where it cannot run."""
+"""The benchmark measures what it says: every method is correct first, rounds are interleaved, refusals have names."""
 
 from __future__ import annotations
 
@@ -158,7 +158,18 @@ def test_more_methods_than_fit_together_are_measured_in_groups(monkeypatch):
 
 def test_the_command_writes_its_files(tmp_path, capsys):
     words = ["bench", "--models", "[llama]", "--methods", "[column r=5, lora r=8]", "--rounds", "2", "--layers", "1"]
-    words += ["--width", "64", "--batch", "2", "--length", "8", "--lm-head", "--memory", "--output", str(tmp_path / "b")]
+    words += [
+        "--width",
+        "64",
+        "--batch",
+        "2",
+        "--length",
+        "8",
+        "--lm-head",
+        "--memory",
+        "--output",
+        str(tmp_path / "b"),
+    ]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "column r=5" in printed

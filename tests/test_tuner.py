@@ -274,7 +274,7 @@ def test_tied_weights_are_refused():
     model = Tied()
     with pytest.raises(ConfigError, match=r"head: its weight is tied to embedding.weight; .*Exclude the layer"):
         attach(model)
-    assert list(attach(model, exclude_modules=["head"], interval=1).layers) == ["body"]
+    assert list(attach(model, exclude_modules=["head"], r=2, interval=1).layers) == ["body"]
 
 
 def test_what_trains_and_what_does_not():
@@ -291,9 +291,15 @@ def test_what_trains_and_what_does_not():
 
 def test_attach_twice_is_refused():
     model = Block()
-    attach(model, target_modules=["query"], interval=1)
+    attach(model, target_modules=["query"], r=2, interval=1)
     with pytest.raises(ConfigError, match="the model has slices already; unload them first"):
         attach(model, interval=1)
+
+
+def test_a_rank_above_a_thin_matrix_is_clamped_and_listed():
+    with pytest.warns(UserWarning, match=r"larger than 1 thin layers and was clamped there: attention\.query to 4"):
+        tuner = attach(Block(), target_modules=["query"], r=9, mode="row", interval=1)
+    assert [p.shape[0] for p in tuner.parameters()] == [4]
 
 
 def test_attach_that_fails_changes_nothing():

@@ -110,6 +110,13 @@ class Schedule:
             return (max(row[0], column[0]), max(row[1], column[1]))
         return row if self.mode == "row" else column
 
+    def clamped(self, shape: tuple[int, int]) -> tuple[str, int] | None:
+        """Axis and size of a matrix of ``shape`` that the rank is too large for; None if it fits."""
+        if self.mode == "random_mask":
+            return None
+        axes = AXES[:2] if self.mode == "alternate" else (self.mode,)
+        return next(((a, shape[AXES.index(a)]) for a in axes if self.rank(a) > shape[AXES.index(a)]), None)
+
     def mask_count(self, shape: tuple[int, int]) -> int:
         """Number of entries of a random mask on a matrix of ``shape``."""
         total = shape[0] * shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -21,7 +22,16 @@ from .mover import Mover, MoveSettings
 from .schedule import Positions, Schedule
 from .window import make_window
 
-__all__ = ["FORMAT_VERSION", "SliceTuner", "attach", "linear_names", "match_layers", "matches"]
+__all__ = [
+    "FORMAT_VERSION",
+    "SliceTuner",
+    "attach",
+    "linear_names",
+    "match_layers",
+    "matches",
+    "shared_names",
+    "warn_about_clamped",
+]
 
 FORMAT_VERSION = 1
 _NAME = "default"
@@ -170,14 +180,18 @@ def attach(
         raise ConfigError("attach: the model has slices already; unload them first.")
     names = match_layers(model, target_modules, exclude_modules)
     layers = {}
+    clamped: dict[str, int] = {}
     for name in names:
         layers[name] = SliceLinear(model.get_submodule(name))
+        found = schedule.clamped(layers[name].shape)
+        clamped |= {} if found is None else {name: found[1]}
         layers[name].add_slice(_NAME, schedule, name, history)
         layers[name].apply_only([_NAME])
     if not train_rest:
         model.requires_grad_(False)
     for name, layer in layers.items():
         _set_module(model, name, layer)
+    warn_about_clamped(clamped)
     mover = Mover(_NAME, layers, settings)
     if settings.total_steps is not None:
         mover.begin_run(settings.total_steps)
@@ -225,6 +239,17 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def warn_about_clamped(clamped: dict[str, int]) -> None:
+    """List the thin layers that have fewer rows or columns than the rank asks for."""
+    if clamped:
+        some = ", ".join(f"{name} to {rank}" for name, rank in list(clamped.items())[:5])
+        warnings.warn(
+            f"SliceFine: the rank is larger than {len(clamped)} thin layers and was clamped there: {some}.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from ..layer import SliceLinear, is_hidden, supports
 from ..mover import Mover
 from ..schedule import Schedule
 from ..state import ORIGINALS
-from ..tuner import shared_names
+from ..tuner import shared_names, warn_about_clamped
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
 from .layer import SliceFineLinear
@@ -69,13 +69,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
-        if self._clamped:
-            some = ", ".join(f"{name} to {rank}" for name, rank in list(self._clamped.items())[:5])
-            warnings.warn(
-                f"SliceFine: the rank is larger than {len(self._clamped)} thin layers and was clamped there: {some}.",
-                UserWarning,
-                stacklevel=2,
-            )
+        warn_about_clamped(self._clamped)
         self._make_mover(model, adapter_name, config)
 
     def _report_hidden(self, none_left: bool) -> None:
@@ -164,12 +158,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         pattern = get_pattern_key(list(config.rank_pattern), key)  # the key itself when nothing matches
         rank = config.rank_pattern.get(pattern)
         schedule = config.schedule(rank)
-        if schedule.mode == "random_mask":
-            return schedule
-        rows, columns = SliceFineLinear(base, "").shape
-        for axis, size in (("row", rows), ("column", columns)):
-            if schedule.mode not in (axis, "alternate") or schedule.rank(axis) <= size:
-                continue
+        found = schedule.clamped(SliceFineLinear(base, "").shape)
+        if found is not None:
+            axis, size = found
             if rank is not None and pattern == key:
                 raise ConfigError(
                     f"rank_pattern names {key} with rank {rank}, but its weight has {size} {axis}s only; "
