@@ -104,7 +104,14 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
         for column in ("layers", "number", "visits", "rows", "columns", "values each"):
             table.add_column(column, justify="left" if column == "layers" else "right", overflow="fold")
         kinds = Counter(
-            (layer_kind(layer.name), len(layer.visits), layer.rows, layer.columns, layer.values)
+            # a layer outside a window of blocks waits: such a visit has no steps
+            (
+                layer_kind(layer.name),
+                sum(v.last_step >= v.first_step for v in layer.visits),
+                layer.rows,
+                layer.columns,
+                layer.values,
+            )
             for layer in contents.layers
         )
         for (kind, *numbers, values), count in kinds.items():
@@ -114,13 +121,12 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     config = contents.config
     facts.add_row("method", str(config.get("peft_type")))
     facts.add_row("base", str(config.get("base_model_name_or_path")))
-    for key in ("mode", "r", "moves", "interval"):
+    for key in ("mode", "r", "moves", "interval", "window"):
         if config.get(key) is not None:
             facts.add_row(key, str(config[key]))
     facts.add_row("layers", str(len(contents.layers)))
     if contents.layers:
-        steps = ", ".join(f"{v.first_step}-{v.last_step}" for v in contents.layers[0].visits)
-        facts.add_row("steps per visit", steps)
+        facts.add_row("steps per visit", ", ".join(_steps(contents.layers)))
     facts.add_row("values in slices", f"{sum(layer.values for layer in contents.layers):,}")
     facts.add_row("other values (head)", f"{sum(contents.others.values()):,} in {len(contents.others)} tensors")
     facts.add_row("file size", f"{contents.file_bytes / 2**20:,.2f} MiB")
@@ -152,3 +158,9 @@ def _count(shape: list[int]) -> int:
     for size in shape:
         count *= size
     return count
+
+
+def _steps(layers: list[LayerContents]) -> list[str]:
+    """First and last step of every visit, over all layers: under a window of blocks, some train and others wait."""
+    visits = zip(*(layer.visits for layer in layers), strict=False)
+    return [f"{all_[0].first_step}-{max(v.last_step for v in all_)}" for all_ in visits]
