@@ -18,7 +18,7 @@ from ..mover import movers_of
 from .methods import Method, make_optimizer
 from .shapes import step_loss
 
-__all__ = ["BenchError", "Workload"]
+__all__ = ["BenchError", "Workload", "kept_bytes", "state_bytes"]
 
 
 class BenchError(SliceFineError, RuntimeError):
@@ -32,6 +32,37 @@ def _enable_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def kept_bytes(model: Any, forward: Callable[[], Any]) -> int:
+    """Bytes of distinct storages that ``forward`` keeps for backward, the model's weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+    keep = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_sparse:  # SHiRA's delta: values and indices, no storage of its own
+            parts = (tensor._values(), tensor._indices())
+            found[id(tensor)] = sum(part.numel() * part.element_size() for part in parts)
+            keep.append(tensor)
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+            keep.append(tensor)  # a freed storage's address would be counted once for two tensors
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(found.values())
+
+
+def state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of an optimizer's state, as far as it exists."""
+    states = () if optimizer is None else optimizer.state.values()
+    tensors = (v for state in states for v in state.values())
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
 
 class Workload:
@@ -105,34 +136,12 @@ class Workload:
         return sum(p.numel() for p in self.trained)
 
     def saved_bytes(self) -> int:
-        """Bytes of distinct storages that the forward keeps for backward, weights not counted."""
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        found: dict[int, int] = {}
-        keep = []
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.is_sparse:  # SHiRA's delta: values and indices, no storage of its own
-                parts = (tensor._values(), tensor._indices())
-                found[id(tensor)] = sum(part.numel() * part.element_size() for part in parts)
-                keep.append(tensor)
-                return tensor
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                found[storage.data_ptr()] = storage.nbytes()
-                keep.append(tensor)  # a freed storage's address would be counted once for two tensors
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = step_loss(self.model, self.batch)
-        del loss
-        return sum(found.values())
+        """Bytes that the forward keeps for backward."""
+        return kept_bytes(self.model, lambda: step_loss(self.model, self.batch))
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state after a step."""
-        if self.optimizer is None:
-            return 0
-        tensors = (v for state in self.optimizer.state.values() for v in state.values())
-        return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return state_bytes(self.optimizer)
 
     def file_bytes(self) -> int:
         """Bytes of the file that a user keeps: the adapter, or what was trained."""

@@ -39,12 +39,12 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import bench, eval, info, merge, train
+    from . import bench, eval, info, merge, plan, train
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
-    verbs = {"train": train, "eval": eval, "merge": merge, "info": info, "bench": bench}
+    verbs = {"train": train, "eval": eval, "merge": merge, "info": info, "plan": plan, "bench": bench}
     for name, verb in verbs.items():
         commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
     chosen = parser.parse_args(normalise(argv))

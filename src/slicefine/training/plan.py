@@ -13,7 +13,7 @@ from .counts import layer_kind
 from .methods import tensor_counts
 from .session import Session
 
-__all__ = ["LayerPlan", "Plan", "make_plan", "print_plan"]
+__all__ = ["LayerPlan", "Plan", "make_plan", "moves_of", "print_plan"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def make_plan(session: Session) -> Plan:
     """Read the plan off a session that is ready to train."""
     total = session.total_steps
     return Plan(
-        _layers(session.model), tensor_counts(session.model, session.loaded), total, _moves(session.model, total)
+        _layers(session.model), tensor_counts(session.model, session.loaded), total, moves_of(session.model, total)
     )
 
 
@@ -81,7 +81,8 @@ def print_plan(session: Session, plan: Plan, console: Console) -> None:
     console.print(facts)
 
 
-def _moves(model: Any, total: int) -> list[int]:
+def moves_of(model: Any, total: int) -> list[int]:
+    """The steps of a run of ``total`` after which the model's slices will move."""
     movers = movers_of(model)
     moves = movers[0].settings.plan(total) if movers else None
     if moves is None or moves.interval is None:

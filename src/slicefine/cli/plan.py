@@ -1,0 +1,67 @@
+"""Say what each mode and rank would cost in a run, and which fits into a given memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ..errors import ConfigError
+from ..schedule import MODES
+from ..training.settings import TrainSettings
+from .parsing import instantiate
+
+__all__ = ["PlanSettings", "parser", "run"]
+
+
+@dataclass
+class PlanSettings(TrainSettings):
+    """What `slicefine train` needs, and what to compare.
+
+    Args:
+        modes: the modes to measure.
+        ranks: the ranks to measure.
+        memory: GiB that weights, activations, optimizer state and gradients may take together; null: no limit.
+        batches: random training batches to look at; kept activations are those of the largest.
+        rounds: timed steps per batch.
+    """
+
+    modes: list[str] = field(default_factory=lambda: ["row", "column", "alternate"])
+    ranks: list[int] = field(default_factory=lambda: [5, 12])
+    memory: float | None = None
+    batches: int = 4
+    rounds: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ConfigError(f"modes: {mode!r} is unknown; expected some of {', '.join(MODES)}.")
+        for name, values in (("ranks", self.ranks), ("batches", [self.batches]), ("rounds", [self.rounds])):
+            if not values or min(values) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be at least 1.")
+        if not self.modes:
+            raise ConfigError("modes=[]: name at least one mode.")
+        if self.memory is not None and not self.memory > 0:
+            raise ConfigError(f"memory={self.memory!r} must be positive: GiB.")
+
+
+def parser() -> ArgumentParser:
+    """Options of `slicefine plan`."""
+    usage = "slicefine plan [--config RECIPE.yaml] [--modes [row,column]] [--ranks [5,12]] [--memory GIB]"
+    result = ArgumentParser(usage=usage, description="Measure what each mode and rank would cost, before a run.")
+    result.add_argument("--config", action="config", help="Recipe in YAML, as for train; flags after it override it.")
+    result.add_class_arguments(PlanSettings)
+    return result
+
+
+def run(chosen: Any) -> int:
+    """Measure and print the table."""
+    settings = PlanSettings(**instantiate(parser(), chosen))
+    from ..training.compare import compare
+    from ..training.screen import quiet_libraries
+
+    quiet_libraries()
+    compare(settings, settings.modes, settings.ranks, settings.memory, settings.batches, settings.rounds)
+    return 0

@@ -1,0 +1,225 @@
+"""What each mode and rank of a run would cost, before it begins: exact counts, and a few steps on its own data.
+
+Counts, files and moves follow from the schedule. Kept activations and step time are measured on training batches of
+the run itself, on this machine, with a frozen model beside them; every weight is restored bit for bit afterwards.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bench.workload import kept_bytes, state_bytes
+from ..delta import expected_shapes
+from ..geometry import Slice
+from ..journal import Journal, Visit
+from ..layer import SliceLinear
+from ..mover import Mover, movers_of
+from ..schedule import slice_at
+from .counts import touched_entries
+from .methods import make_trainable, tensor_counts
+from .plan import moves_of
+from .session import Session
+from .settings import TrainSettings
+
+__all__ = ["Forecast", "adapter_bytes", "forecasts", "planned_slices"]
+
+_HEADER = 64  # bytes that safetensors' header spends on a tensor beside its name
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One mode and rank. Sizes are bytes; memory is weights, kept activations, optimizer state and gradients.
+
+    Attributes:
+        mode, r: the candidate.
+        trainable, changed: entries in training at a time, and touched over the whole run, the head included.
+        kept: activations kept for backward, of the largest batch looked at.
+        state: AdamW's state.
+        memory: what must fit at once; buffers that live within one operation come on top.
+        ratio: step time / that of the frozen model (median over batches).
+        file: the adapter file at the end.
+        moves: the steps after which slices move.
+    """
+
+    mode: str
+    r: int
+    trainable: int
+    changed: int
+    kept: int
+    state: int
+    memory: int
+    ratio: float
+    file: int
+    moves: list[int]
+
+
+def forecasts(
+    session: Session, modes: Sequence[str], ranks: Sequence[int], batches: int = 4, rounds: int = 3
+) -> Iterator[Forecast]:
+    """Measure every mode at every rank.
+
+    Args:
+        session: a run with a base model that is not wrapped yet (``method.name=full`` or ``head`` leave it so).
+        modes, ranks: the candidates.
+        batches: random training batches to look at.
+        rounds: timed steps per batch.
+
+    Raises:
+        ConfigError: if a candidate's settings do not fit the model.
+    """
+    settings = session.settings
+    inputs = _batches(session, batches)
+    session.loaded.model.requires_grad_(False)
+    for mode in modes:
+        for r in ranks:
+            # positions do not change what a step costs
+            chosen = replace(
+                settings.slice, mode=mode, r=r, r_row=None, r_column=None, positions="sweep", rank_pattern={}
+            )
+            method = replace(settings.method, name="slicefine")
+            yield _forecast(session, replace(settings, slice=chosen, method=method), inputs, rounds)
+
+
+def planned_slices(layer: SliceLinear, name: str, moves: int) -> list[Visit]:
+    """The visits that a layer will have made after so many moves, one step each where it trains."""
+    state = layer.states[name]
+    visits: list[Visit] = []
+    for visit in range(moves + 1):
+        inside = state.place is None or state.place.trains(visit)
+        if visits and not inside:
+            block: Slice = visits[-1].slice
+        else:
+            turn = visit if state.place is None else state.place.turn(visit)
+            block = slice_at(state.schedule, turn, layer.shape, state.layer_name)
+        visits.append(Visit(block, visit + 1, visit + int(inside)))
+    return visits
+
+
+def adapter_bytes(mover: Mover, moves: int) -> int:
+    """Bytes of the slices in an adapter file after so many moves, header included."""
+    total = 0
+    for name, layer in mover.layers.items():
+        journal = Journal()
+        journal.visits = planned_slices(layer, mover.name, moves)
+        table = journal.table()
+        shapes = expected_shapes(table, layer.shape)
+        parameter = layer.slicefine_active[mover.name]
+        finished = sum(_product(shape) for shape in shapes.values()) * layer.weight.element_size()
+        total += table.numel() * 8 + parameter.numel() * parameter.element_size() + finished
+        total += (2 + len(shapes)) * (_HEADER + len(f"base_model.model.{name}.slicefine_active"))
+    return total
+
+
+def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str, Any]], rounds: int) -> Forecast:
+    base = session.loaded.model
+    floor = [_floor_seconds(base, batch, rounds) for batch in batches]
+    model = make_trainable(session.loaded, session.task, settings, session.prepared)
+    try:
+        model.train()
+        (mover,) = movers_of(model)
+        moves = moves_of(model, session.total_steps)
+        mover.settings = replace(mover.settings, interval=10**9)  # the steps below must not move
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+        kept = max(_kept(model, batch) for batch in batches)
+        own = [_step_seconds(model, batch, rounds, optimizer) for batch in batches]
+        counts, state = tensor_counts(model, session.loaded), state_bytes(optimizer)
+        return Forecast(
+            mode=settings.slice.mode,
+            r=settings.slice.r,
+            trainable=counts["trainable"],
+            changed=_changed(mover, len(moves)) + counts["head"],
+            kept=kept,
+            state=state,
+            memory=_bytes(model.parameters()) + _bytes(trained) + state + kept,
+            ratio=statistics.median(mine / other for mine, other in zip(own, floor, strict=True)),
+            file=adapter_bytes(mover, len(moves)) + 4 * counts["head"],
+            moves=moves,
+        )
+    finally:
+        model.unload()
+        base.requires_grad_(False)
+        gc.collect()
+
+
+def _kept(model: Any, batch: dict[str, Any]) -> int:
+    return kept_bytes(model, lambda: model(**batch))
+
+
+def _changed(mover: Mover, moves: int) -> int:
+    """Distinct entries of all layers that the planned visits train."""
+    total = 0
+    for layer in mover.layers.values():
+        visits = planned_slices(layer, mover.name, moves)
+        total += touched_entries([v.slice for v in visits if v.last_step >= v.first_step], layer.shape)
+    return total
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _batches(session: Session, count: int) -> list[dict[str, Any]]:
+    """Random batches of the train set on the device that the run will use, as in the run itself."""
+    from accelerate import PartialState
+    from accelerate.utils import send_to_device
+
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    session.loaded.model.to(device)
+    training = session.settings.training
+    rows = session.prepared.splits["train"]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()
+    groups = [order[at : at + training.batch_size] for at in range(0, len(order), training.batch_size)][:count]
+    return [send_to_device(dict(session.prepared.collator([rows[i] for i in group])), device) for group in groups]
+
+
+@contextmanager
+def _gradients_to_inputs(model: Any) -> Iterator[None]:
+    """The floor: everything frozen, gradients flowing to the embeddings."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, y: y.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _floor_seconds(model: Any, batch: dict[str, Any], rounds: int) -> float:
+    model.train()
+    with _gradients_to_inputs(model):
+        return _step_seconds(model, batch, rounds, None)
+
+
+def _step_seconds(model: Any, batch: dict[str, Any], rounds: int, optimizer: torch.optim.Optimizer | None) -> float:
+    """Median seconds of forward, backward and optimizer, the first time left out."""
+    seconds = []
+    for _ in range(rounds + 1):
+        begin = _now()
+        loss: Tensor = model(**batch).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds.append(_now() - begin)
+    return statistics.median(seconds[1:])
+
+
+def _now() -> float:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
