@@ -82,7 +82,8 @@ class Journal:
 
     def count_step(self) -> None:
         """Note that one optimizer step trained the active slice."""
-        self.visits[-1] = self.visits[-1]._replace(last_step=self.visits[-1].last_step + 1)
+        block, first, last = self.visits[-1]
+        self.visits[-1] = Visit(block, first, last + 1)
 
     def check_undo(self, moves: int = 1) -> None:
         """Raise `UnsupportedError` unless the last ``moves`` visits can be taken back; see `undo`."""

@@ -17,7 +17,7 @@ from .functional import block_view, guard_content, line_index, pad_block, read_b
 from .geometry import Slice, line_length
 from .journal import read_table
 from .schedule import Schedule, check_positions, slice_at
-from .state import ORIGINALS, AdapterState, AdapterTensors, new_stamp
+from .state import ORIGINALS, AdapterState, AdapterTensors
 from .window import Place
 
 __all__ = ["SliceLinear", "is_hidden", "is_transposed", "supports"]
@@ -289,6 +289,7 @@ class SliceLinear(nn.Module):
         state.below = state.place is not None and state.place.below(visit)
         if not state.journal.visits:  # the weight has no values yet
             return
+        state.views = ()
         state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
         state.axis = state.journal.active.axis
 
@@ -296,14 +297,20 @@ class SliceLinear(nn.Module):
 
     def mark_synced(self, name: str) -> None:
         """Note that the weight holds the parameter's values as they are now."""
-        state, parameter = self.states[name], self.slicefine_active[name]
-        state.synced = (id(parameter), parameter._version)
-        state.stamp = new_stamp()
+        self.states[name].mark_synced(self.slicefine_active[name])
 
-    def write_target(self, name: str) -> Tensor | None:
-        """View of the dense weight that the active block belongs to; None for a random mask."""
-        active = self.states[name].journal.active
-        return None if active.axis == "entries" else block_view(self.dense(), active)
+    def write_views(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The active block's views in the dense weight and in ``parameter``; None for a random mask.
+
+        They are kept from step to step: only a move, or other storage under either of the two, makes new ones.
+        """
+        state = self.states[name]
+        key = (self._base_weight.data_ptr(), parameter.data_ptr())
+        if state.axis == "entries":
+            return None
+        if not state.views or state.views[0] != key:
+            state.views = (key, block_view(self.dense(), state.journal.active), self.block(name))
+        return state.views[1], state.views[2]
 
     def _in_sync(self, name: str) -> bool:
         state, parameter = self.states[name], self.slicefine_active[name]
@@ -480,6 +487,7 @@ class SliceLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self._base_weight.device
         for name, state in self.states.items():
+            state.views = ()
             if device.type != "meta":
                 state.index = state.index.to(device)
             if name in synced:  # the values are the same ones, elsewhere or in another precision
@@ -488,34 +496,36 @@ class SliceLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
-        if not torch.compiler.is_compiling():
-            self._check()
-        names = self.applied
+        compiling = torch.compiler.is_compiling()
+        names = self.applied if compiling else self._checked()
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if not torch.is_grad_enabled():
             return y
-        trained = [n for n in names if self.slicefine_active[n].requires_grad and not self.states[n].idle]
+        parameters = {name: self.slicefine_active[name] for name in names if not self.states[name].idle}
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         if not trained:
-            if not y.requires_grad or torch.compiler.is_compiling():
+            if not y.requires_grad or compiling:
                 return y
             if any(self.states[name].below for name in names):
                 _warn_below(self.states[names[0]])
             return guard_content(y, self)
         if len(names) > 1:
-            refused = _RefuseBackward.apply(y, self.slicefine_active[trained[0]], self.label)  # type: ignore[no-untyped-call]
+            refused = _RefuseBackward.apply(y, parameters[trained[0]], self.label)  # type: ignore[no-untyped-call]
             return cast(Tensor, refused)
         state = self.states[trained[0]]
-        owner = None if torch.compiler.is_compiling() else self
-        return track_slice(y, x, self.slicefine_active[trained[0]], state.index, state.axis, owner)
+        return track_slice(y, x, parameters[trained[0]], state.index, state.axis, None if compiling else self)
 
-    def _check(self) -> None:
+    def _checked(self) -> list[str]:
+        """The applied adapters, once the weight holds what they ask for."""
         if self.requested is not None and not self._base_weight.is_meta:
             self.apply_only(self.requested)
-        for name in self.applied:
+        names = self.applied
+        for name in names:
             state = self.states[name]
             if state.staged or state.deferred or not self._in_sync(name):
                 self._settle(name)
             state.layout = {}  # whoever runs the model has finished loading
+        return names
 
 
 class _RefuseBackward(torch.autograd.Function):

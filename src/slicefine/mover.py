@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .errors import ConfigError, NumericalError, OptimizerError, UnsupportedErro
 from .geometry import Slice
 from .layer import SliceLinear
 from .schedule import POLICIES, Moves, plan_moves, wrap_visit
+from .state import AdapterState
 from .window import Place, Window, block_numbers
 
 __all__ = ["FALLBACK_INTERVAL", "Mover", "MoveSettings", "movers_of", "reset_optimizer_state"]
@@ -107,6 +108,14 @@ class MoveSettings:
         return plan_moves(self.moves, total, self.minimum_steps)
 
 
+class _Entry(NamedTuple):
+    """A layer in training, with what is looked up once per step: the hook runs for every layer, at every step."""
+
+    layer: SliceLinear
+    state: AdapterState
+    parameter: Tensor
+
+
 @dataclass(eq=False)
 class Mover:
     """Moves the slices of one adapter in step with the optimizer.
@@ -152,12 +161,12 @@ class Mover:
     @property
     def step(self) -> int:
         """Optimizer steps that trained this adapter so far."""
-        return max((layer.states[self.name].journal.step for layer in self._with_adapter()), default=0)
+        return max((state.journal.step for _, state in self._pairs()), default=0)
 
     @property
     def visits(self) -> int:
         """Positions visited so far, the first included."""
-        return next((len(layer.states[self.name].journal.visits) for layer in self._with_adapter()), 0)
+        return next((len(state.journal.visits) for _, state in self._pairs()), 0)
 
     def active_entries(self) -> int:
         """Entries in training now; padding does not count."""
@@ -200,13 +209,13 @@ class Mover:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """React to one step of ``optimizer``; steps of optimizers that own none of our slices are not ours."""
-        layers = self._training()
-        if not layers:
+        training = self._training()
+        if not training:
             return
         owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        owned = [layer for layer in layers if id(layer.slicefine_active[self.name]) in owned_ids]
+        owned = [entry for entry in training if id(entry.parameter) in owned_ids]
         if not owned:
-            self._note_foreign_step(layers)
+            self._note_foreign_step(training[0].parameter)
             return
         self.foreign_steps, self.stepped = 0, True
         if torch._C._current_graph_task_id() != -1:
@@ -218,11 +227,11 @@ class Mover:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
             return
-        self._write_back([layer for layer in owned if not layer.states[self.name].idle])
+        self._write_back([entry for entry in owned if not entry.state.idle])
         if new_round:
             self._count_step()
 
-    def _sets_pace(self, optimizer: Optimizer, owned: list[SliceLinear]) -> bool:
+    def _sets_pace(self, optimizer: Optimizer, owned: list[_Entry]) -> bool:
         """Whether this optimizer's step completes a step of the run.
 
         With several optimizers the last of a round does: a move before it would hand the old slice's gradient to the
@@ -238,44 +247,44 @@ class Mover:
         if pace is None:
             return True
         before = {id(p) for group in pace.param_groups for p in group["params"]}
-        return any(id(layer.slicefine_active[self.name]) in before for layer in owned)
+        return any(id(entry.parameter) in before for entry in owned)
 
     def _count_step(self) -> None:
-        for layer in self._with_adapter():
-            if not layer.states[self.name].idle:
-                layer.states[self.name].journal.count_step()
+        for _, state in self._pairs():
+            if not state.idle:
+                state.journal.count_step()
         if self.plan is None:
             self._plan_without_length()
         assert self.plan is not None
         if self.plan.due(self.step - self.run_start, self.visits - 1 - self.moves_before):
             self.move()
 
-    def _write_back(self, layers: list[SliceLinear]) -> None:
+    def _write_back(self, entries: list[_Entry]) -> None:
         """One multi-tensor copy of all active blocks into their dense weights."""
-        self._rewarm(layers)
+        self._rewarm(entries)
         if self.settings.state_policy == "keep":  # moments of a row block would move the padding of a column block
-            for layer in layers:
-                layer.clear_padding(self.name)
+            for entry in entries:
+                entry.layer.clear_padding(self.name)
         targets: list[Tensor] = []
         values: list[Tensor] = []
-        for layer in layers:
-            target = layer.write_target(self.name)
-            if target is None:
-                layer._sync(self.name)
+        for entry in entries:
+            views = entry.layer.write_views(self.name, entry.parameter)
+            if views is None:
+                entry.layer._sync(self.name)
             else:
-                targets.append(target)
-                values.append(layer.block(self.name))
+                targets.append(views[0])
+                values.append(views[1])
         if targets:
             torch._foreach_copy_(targets, values)
-        for layer in layers:
-            layer.mark_synced(self.name)
+        for entry in entries:
+            entry.state.mark_synced(entry.parameter)
 
-    def _rewarm(self, layers: list[SliceLinear]) -> None:
+    def _rewarm(self, entries: list[_Entry]) -> None:
         """Scale the updates of the first steps after a move, whatever the optimizer and its group's rate."""
         if self.settings.state_policy != "rewarm":
             return
-        for layer in layers:
-            state, parameter = layer.states[self.name], layer.slicefine_active[self.name].data
+        for layer, state, whole in entries:
+            parameter = whole.data
             visit = state.journal.visits[-1]
             done = visit.last_step - visit.first_step + 2  # this step included
             if len(state.journal.visits) > 1 and done < self.settings.rewarm_steps:
@@ -352,9 +361,9 @@ class Mover:
         rows, columns = layer.shape
         return schedule.mode == "alternate" and (rows != columns or schedule.row_rank != schedule.column_rank)
 
-    def _note_foreign_step(self, layers: list[SliceLinear]) -> None:
+    def _note_foreign_step(self, parameter: Tensor) -> None:
         """An optimizer that owns no slice stepped: a mistake if gradients wait and no other optimizer comes."""
-        gradient = layers[0].slicefine_active[self.name].grad
+        gradient = parameter.grad
         if self.stepped or gradient is None:
             return
         seen, self._seen = self._seen, (gradient, gradient._version)
@@ -406,18 +415,25 @@ class Mover:
 
     def _own(self) -> dict[str, SliceLinear]:
         """Layers that still have this mover's adapter, and not a later one of the same name."""
-        states = {name: layer.states.get(self.name) for name, layer in self.layers.items()}
-        return {name: self.layers[name] for name, state in states.items() if state is not None and state.mover is self}
+        with_adapter = {id(layer) for layer, _ in self._pairs()}
+        return {name: layer for name, layer in self.layers.items() if id(layer) in with_adapter}
+
+    def _pairs(self) -> Iterator[tuple[SliceLinear, AdapterState]]:
+        for layer in self.layers.values():
+            state = layer.states.get(self.name)
+            if state is not None and state.mover is self:
+                yield layer, state
 
     def _with_adapter(self) -> list[SliceLinear]:
-        return list(self._own().values())
+        return [layer for layer, _ in self._pairs()]
 
-    def _training(self) -> list[SliceLinear]:
-        return [
-            layer
-            for layer in self._with_adapter()
-            if layer.slicefine_active[self.name].requires_grad and layer.states[self.name].journal.applied
-        ]
+    def _training(self) -> list[_Entry]:
+        entries = []
+        for layer, state in self._pairs():
+            parameter = layer.slicefine_active[self.name]
+            if parameter.requires_grad and state.journal.applied:
+                entries.append(_Entry(layer, state, parameter))
+        return entries
 
     def _moves_before_run(self) -> int:
         """Moves made by earlier runs: they do not count against this run's limit."""

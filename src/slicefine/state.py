@@ -34,6 +34,7 @@ class AdapterState:
         self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
         self.stamp = new_stamp()
         self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
+        self.views: tuple[Any, ...] = ()  # see `SliceLinear.write_views`
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
         self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
@@ -42,6 +43,11 @@ class AdapterState:
         self.below = False  # idle, and below the window: no gradient should come here
         self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
+
+    def mark_synced(self, parameter: Tensor) -> None:
+        """Note that the weight holds the parameter's values as they are now."""
+        self.synced = (id(parameter), parameter._version)
+        self.stamp = new_stamp()
 
 
 class AdapterTensors(nn.Module):
