@@ -15,9 +15,11 @@ from slicefine.bench.methods import METHODS, SUITES, Method, methods_of
 from slicefine.bench.run import run_bench
 from slicefine.bench.settings import BenchSettings
 from slicefine.bench.shapes import SHAPES, find_shape, make_batch, make_model, step_loss
+from slicefine.bench.through_trainer import TrainerWorkload
 from slicefine.bench.workload import BenchError, Workload
 from slicefine.cli.main import main
 from slicefine.errors import ConfigError, UnsupportedError
+from slicefine.mover import movers_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
@@ -123,6 +125,25 @@ def test_checkpointing_gives_the_same_gradients():
     assert again.saved_bytes() < plain.saved_bytes()
 
 
+@pytest.mark.parametrize("name", ["floor", "column r=5", "lora r=8", "full"])
+def test_the_trainers_loop_makes_real_steps(name):
+    shape = TINY["llama"]
+    base, batch = make_model(shape), make_batch(shape, CPU, torch.float32)
+    made = TrainerWorkload(name, METHODS[name], base, shape.family, batch)
+    made.check(*measure._expectations(base, batch))
+    before = [p.detach().clone() for p in made.trained]
+    for _ in range(2):
+        forward, seconds, optimizer = made.step()
+        assert (forward, optimizer) == (0.0, 0.0)
+        assert seconds > 0
+        assert made._trainer.state.global_step == 3
+    if name != "floor":
+        assert any(not torch.equal(a, b) for a, b in zip(before, made.trained, strict=True))
+    if name.startswith("column"):
+        (mover,) = movers_of(made.model)
+        assert (mover.step, mover.visits) == (6, 1)
+
+
 def test_rounds_are_interleaved_and_ratios_paired(monkeypatch):
     order = []
 
@@ -194,6 +215,8 @@ def test_the_command_writes_its_files(tmp_path, capsys):
         (["--width", "100"], "bench.width=100 must be a multiple of 64"),
         (["--batch", "0"], "bench.batch=0 must be at least 1"),
         (["--dtype", "int8"], "bench.dtype='int8' is unknown"),
+        (["--loop", "mine"], "bench.loop='mine' is unknown; expected bare or trainer"),
+        (["--loop", "trainer", "--compiled"], "bench.loop=trainer does not go with bench.compiled"),
         (["--device", "tpu"], "bench.device='tpu' is unknown"),
         (["--output", "/dev/null/x"], "bench.output='/dev/null/x' cannot be made"),
     ],

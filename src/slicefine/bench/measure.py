@@ -93,9 +93,7 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
         workloads = {}
         for name in group:
             try:
-                workloads[name] = Workload(
-                    name, METHODS[name], base, shape.family, batch, settings.checkpointing, settings.compiled
-                )
+                workloads[name] = _workload(settings, name, base, shape, batch)
             except UnsupportedError as error:
                 skipped[name] = str(error)
                 continue
@@ -109,6 +107,13 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
             report(f"{shape.name}: peak memory of {name}")
             row.peak = _peak_in_own_process(settings, shape, name)
     return ShapeResult(shape, list(rows.values()), skipped)
+
+
+def _workload(settings: BenchSettings, name: str, base: nn.Module, shape: Shape, batch: dict[str, Tensor]) -> Workload:
+    kind = Workload
+    if settings.loop == "trainer":
+        from .through_trainer import TrainerWorkload as kind  # noqa: N813
+    return kind(name, METHODS[name], base, shape.family, batch, settings.checkpointing, settings.compiled)
 
 
 def noise(result: ShapeResult) -> float:
@@ -173,7 +178,7 @@ def _peak(settings: BenchSettings, shape: Shape, name: str) -> int:
         torch.set_num_threads(settings.threads)
     base = make_model(shape, settings.seed).to(settings.torch_dtype)
     batch = make_batch(shape, torch.device("cpu"), settings.torch_dtype, settings.seed + 1)
-    workload = Workload(name, METHODS[name], base, shape.family, batch, settings.checkpointing)
+    workload = _workload(settings, name, base, shape, batch)
     del base
     gc.collect()
     before = _resident()

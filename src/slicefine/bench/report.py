@@ -22,10 +22,13 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
     """Print one shape's table, with the floor's distance from itself below."""
     shape = result.shape
     size = f"{shape.batch} x {shape.length} tokens" if shape.items[1] == "tokens" else f"{shape.batch} {shape.items[1]}"
-    flags = [name for name in ("checkpointing", "compiled", "lm_head") if getattr(settings, name)]
+    flags = [f"{settings.loop} loop"] + [
+        name for name in ("checkpointing", "compiled", "lm_head") if getattr(settings, name)
+    ]
     table = Table(
         title=f"{shape.name}: {shape.layers} layers, width {shape.width}, batch {size}, {settings.dtype}, "
-        f"{settings.device}, {settings.rounds} rounds" + (f", {', '.join(flags)}" if flags else "")
+        f"{settings.device}, {settings.loop} loop, {settings.rounds} rounds"
+        + (f", {', '.join(flags)}" if flags else "")
     )
     table.add_column("method", no_wrap=True)
     for column in ("/ floor", "quartiles", "fwd s", "bwd s", f"{shape.items[1]}/s", "kept MiB", "active", "file"):

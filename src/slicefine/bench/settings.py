@@ -35,6 +35,7 @@ class BenchSettings:
         dtype: float32, bfloat16 or float16.
         checkpointing: recompute activations in the backward pass.
         compiled: run every model through torch.compile.
+        loop: bare, or trainer: through transformers' Trainer, whose own work per step then counts as well.
         threads: CPU threads; null leaves them.
         together: methods that are held in memory and interleaved at a time, beside the floor.
         memory: measure peak memory as well, on a CPU each method in a process of its own.
@@ -56,6 +57,7 @@ class BenchSettings:
     dtype: str = "float32"
     checkpointing: bool = False
     compiled: bool = False
+    loop: str = "bare"
     threads: int | None = None
     together: int = 8
     memory: bool = False
@@ -72,6 +74,10 @@ class BenchSettings:
                 raise ConfigError(f"bench.{name}={value} must be at least 1.")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"bench.dtype={self.dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
+        if self.loop not in ("bare", "trainer"):
+            raise ConfigError(f"bench.loop={self.loop!r} is unknown; expected bare or trainer.")
+        if self.loop == "trainer" and self.compiled:
+            raise ConfigError("bench.loop=trainer does not go with bench.compiled; leave one of them out.")
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"bench.device={self.device!r} is unknown; expected cpu or cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
