@@ -412,14 +412,19 @@ def test_resuming_from_a_folder_that_is_none_is_refused(bert: str, reviews: str,
 # -- errors, and what they leave behind -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("every", "message"), [(1, r"step 3: the loss is nan.* Lower"), (4, r"steps 1 to 4: a loss is not finite.* Lower")]
+)
 def test_a_loss_that_is_nan_stops_at_its_step_and_leaves_nothing(
-    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, message: str
 ):
     original = session_module.Session.trainer
 
     def poisoned(self: Any, *args: Any) -> Any:
         trainer = original(self, *args)
         plain = trainer.compute_loss
+        assert trainer.check_every == 1  # on a CPU
+        trainer.check_every = every  # as on a GPU
 
         def compute_loss(*given: Any, return_outputs: bool = False, **more: Any) -> Any:
             loss = plain(*given, return_outputs=return_outputs, **more)
@@ -429,7 +434,7 @@ def test_a_loss_that_is_nan_stops_at_its_step_and_leaves_nothing(
         return trainer
 
     monkeypatch.setattr(session_module.Session, "trainer", poisoned)
-    with pytest.raises(NumericalError, match=r"step 3: the loss is nan.* Lower training.learning_rate"):
+    with pytest.raises(NumericalError, match=message):
         train(recipe(bert, reviews, tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []
 

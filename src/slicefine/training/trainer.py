@@ -6,6 +6,7 @@ import math
 import time
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ConfigError, NumericalError
@@ -26,6 +27,9 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._head = {id(parameter) for parameter in head_parameters}
         self._head_rate = head_rate
+        # reading a loss waits for a GPU, so there it is read when the loss is logged; a move checks the slices anyway
+        self.check_every = 1 if self.args.device.type == "cpu" else max(1, int(self.args.logging_steps))
+        self._bad: Any = None
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', then the head's parameters go into groups with their own rate."""
@@ -45,10 +49,16 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; raises `NumericalError` before a bad loss reaches the optimizer."""
+        """As transformers'; raises `NumericalError` at a loss that is not finite (on a GPU: when it is logged)."""
         loss = super().training_step(*args, **kwargs)
-        if not math.isfinite(float(loss)):
-            raise NumericalError(f"step {self.state.global_step + 1}: the loss is {float(loss)}. {_REMEDY}")
+        bad = ~torch.isfinite(loss)
+        self._bad = bad if self._bad is None else self._bad | bad
+        step = self.state.global_step + 1
+        if step % self.check_every == 0 and bool(self._bad):
+            found = f"step {step}: the loss is {float(loss)}"
+            if self.check_every > 1:
+                found = f"steps {step - self.check_every + 1} to {step}: a loss is not finite"
+            raise NumericalError(f"{found}. {_REMEDY}")
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
