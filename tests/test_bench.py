@@ -89,6 +89,31 @@ def test_a_window_keeps_less_and_columns_keep_the_floor():
     assert saved["column r=1"] == saved["floor"] + layers * (tokens * 4 + 8)
 
 
+def test_alternate_mode_is_timed_in_both_orientations():
+    made, *_ = workload("alternate r=5", TINY["llama"])
+    (mover,) = movers_of(made.model)
+    axes = []
+    for _ in range(4):
+        made.step()
+        axes.append(next(iter(mover.slices().values())).axis)
+    assert axes == ["column", "row", "column", "row"]
+    assert made.saved_bytes() == workload("row r=5", TINY["llama"])[0].saved_bytes()
+
+
+@pytest.mark.parametrize("family", ["roberta", "llama"])
+def test_listing_1_leaves_a_language_models_head_alone(family):
+    shape = replace(TINY[family], lm_head=True)
+    made, expected, gradients = workload("listing 1 row r=5", shape)
+    made.check(expected, gradients)
+    assert isinstance(made.model.get_output_embeddings(), nn.Linear)
+
+
+def test_peak_memory_is_of_steps_not_of_building():
+    shape = find_shape("llama", layers=2, width=512, batch=1, length=8)  # 34 MiB of weights, hardly any activations
+    settings = BenchSettings(models=["llama"], methods=["column r=5"], layers=2, width=512, batch=1, length=8)
+    assert measure._peak_in_own_process(settings, shape, "column r=5") < 20 * 2**20
+
+
 def test_a_wrong_gradient_is_not_timed(monkeypatch):
     made, expected, gradients = workload("row r=5", TINY["roberta"])
     right = functional.block_gradient
@@ -136,6 +161,7 @@ def test_the_trainers_loop_makes_real_steps(name):
         forward, seconds, optimizer = made.step()
         assert (forward, optimizer) == (0.0, 0.0)
         assert seconds > 0
+        assert (made.state_bytes() > 0) is (name != "floor")
         assert made._trainer.state.global_step == 3
     if name != "floor":
         assert any(not torch.equal(a, b) for a, b in zip(before, made.trained, strict=True))
@@ -161,7 +187,7 @@ def test_rounds_are_interleaved_and_ratios_paired(monkeypatch):
     assert rows["floor again"].ratio == pytest.approx(8 / 7)
     assert rows["full"].ratio == pytest.approx(3 * 9 / 7)
     assert rows["full"].per_second == pytest.approx(16 * 8 / 27)
-    assert measure.noise(result) == pytest.approx(1 / 7)
+    assert result.noise == pytest.approx(1 / 7)
 
 
 def test_more_methods_than_fit_together_are_measured_in_groups(monkeypatch):

@@ -63,6 +63,30 @@ def test_state_and_activations_are_those_of_a_step(tmp_path: Path, mode, r):
     assert forecast.ratio > 0
 
 
+def test_a_window_is_forecast_at_its_costliest(tmp_path: Path):
+    changes = {"slice__window": 1, "slice__mode": "row"}
+    settings = recipe(save_bert(tmp_path / "model"), save_reviews(tmp_path / "data"), None, **changes)
+    (short,) = forecasts(full(replace(settings, slice=replace(settings.slice, moves=0))), ["row"], [2], 1, 1)
+    (whole,) = forecasts(full(settings), ["row"], [2], 1, 1)
+    (without,) = forecasts(full(replace(settings, slice=replace(settings.slice, window=None))), ["row"], [2], 1, 1)
+    assert short.kept < whole.kept < without.kept  # the top window, the low one, all layers
+    assert short.state < whole.state == without.state
+
+
+def test_checkpointing_is_forecast(tmp_path: Path):
+    settings = recipe(save_bert(tmp_path / "model"), save_reviews(tmp_path / "data"), None)
+    (plain,) = forecasts(full(settings), ["row"], [2], 1, 1)
+    settings.training.gradient_checkpointing = True
+    (saved,) = forecasts(full(settings), ["row"], [2], 1, 1)
+    assert saved.kept < plain.kept
+
+
+def test_static_slices_are_forecast_as_such(tmp_path: Path):
+    settings = recipe(save_bert(tmp_path / "model"), save_reviews(tmp_path / "data"), None, slice__positions="fixed")
+    (static,) = forecasts(full(settings), ["row"], [2], 1, 1)
+    assert static.changed == static.trainable
+
+
 def test_a_forecast_changes_nothing(tmp_path: Path):
     settings = recipe(save_bert(tmp_path / "model"), save_reviews(tmp_path / "data"), None)
     session = full(settings)
@@ -110,4 +134,4 @@ def test_a_short_run_is_said_not_to_move(tmp_path: Path):
     settings = recipe(save_bert(tmp_path / "model"), save_reviews(tmp_path / "data"), None, slice__minimum_steps=500)
     console = Console(record=True, width=120, file=io.StringIO())
     compare(settings, ["row"], [1], batches=1, rounds=1, console=console)
-    assert "moves after no step: the run is too short" in console.export_text()
+    assert "moves after no step" in console.export_text()

@@ -6,6 +6,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import pickle
 import socket
 import warnings
 
@@ -17,8 +18,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from core_helpers import batches, mlp, slice_mask, step
-from slicefine import SliceFineConfig, attach, movers_of
-from slicefine.errors import ConfigError
+from slicefine import Slice, SliceFineConfig, attach, movers_of
+from slicefine.errors import ConfigError, OptimizerError
 from slicefine.reference import ReferenceSliceLinear
 from slicefine.schedule import Schedule, slice_at
 from slicefine.window import DWELLS, ORDERS, Place, Window, block_numbers
@@ -109,6 +110,32 @@ def test_settings_that_do_not_fit_the_model_are_refused():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     with pytest.raises(ConfigError, match=r"none of the layers \(a, b, ...\) has a number in its name"):
         attach(model, r=1, interval=1, window=1)
+
+
+def test_containers_are_no_blocks():
+    inside = [f"0.layer.{i}.{part}" for i in range(4) for part in ("up", "down")]
+    assert list(block_numbers([*inside, "1"]).values()) == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    experts = [f"layers.{i}.experts.{e}.up" for i in range(3) for e in range(8)]
+    assert sorted(set(block_numbers(experts).values())) == [0, 1, 2]
+    assert list(block_numbers(["only.0.up"]).values()) == [0]
+
+
+def test_a_window_that_does_not_fit_leaves_the_model_alone():
+    from peft import get_peft_model
+
+    for wrap in (
+        lambda model: attach(model, r=1, interval=1, window=1, window_dwell=(1, 2)),
+        lambda model: get_peft_model(
+            model,
+            SliceFineConfig(r=1, interval=1, window=1, window_dwell=[1, 2], target_modules=["0", "2", "4"]),
+        ),
+    ):
+        model = mlp()
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        with pytest.raises(ConfigError, match=r"has 2 numbers, but 3 blocks make 3 windows of 1"):
+            wrap(model)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+        assert movers_of(model) == []
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -229,6 +256,53 @@ def test_a_gradient_below_the_window_is_reported_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x)
+
+
+def test_no_gradient_below_is_reported_where_nothing_trains():
+    model = mlp()
+    tuner = attach(model, mode="row", r=2, interval=1, window=1)
+    for parameter in tuner.parameters():
+        parameter.requires_grad_(False)
+    (x, _), *_ = batches(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x.requires_grad_()).sum().backward()
+
+
+def test_an_optimizer_without_the_slices_is_noticed_under_a_window():
+    model = mlp()
+    attach(model, mode="row", r=2, interval=1, window=1)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(OptimizerError, match=r"no optimizer holds the slices' parameters"):
+        for x, y in batches(5):
+            (model(x) - y).square().mean().backward()
+            other.step()
+
+
+def test_a_layer_outside_the_window_cannot_be_moved():
+    tuner = attach(mlp(), mode="row", r=2, interval=1, window=1)
+    with pytest.raises(ConfigError, match=r"move: 4 lies outside the window of blocks at the next visit"):
+        tuner.mover.move({"4": Slice("row", 0, 2)})
+    tuner.mover.move({"2": Slice("row", 3, 2)})
+    assert tuner.mover.slices() == {"2": Slice("row", 3, 2)}
+
+
+def test_layers_that_never_get_their_turn_are_reported():
+    tuner = attach(mlp(), mode="row", r=2, moves=1, minimum_steps=1, window=1)
+    with pytest.warns(UserWarning, match=r"gets to 2 of its positions in this run, so 1 layers never train \(0, ...\)"):
+        tuner.mover.begin_run(10)
+    tuner = attach(mlp(), mode="row", r=2, moves=2, minimum_steps=1, window=1, positions="fixed")
+    tuner.mover.settings.minimum_steps = 50
+    with pytest.warns(UserWarning, match=r"the slice will not move in this run of 2 steps"):
+        tuner.mover.begin_run(2)
+
+
+def test_a_pickled_model_does_not_carry_its_weights_twice():
+    model = nn.Sequential(nn.Linear(200, 200))
+    tuner = attach(model, mode="row", r=2, interval=5)
+    before = len(pickle.dumps(model))
+    step(model, torch.optim.SGD(tuner.parameters(), lr=0.1), torch.randn(3, 200), torch.zeros(3, 200))
+    assert len(pickle.dumps(model)) < 1.1 * before
 
 
 def test_zeroed_gradients_do_not_decay_idle_layers():
@@ -395,6 +469,20 @@ def test_peft_counts_what_trains_and_keeps_the_setting(tmp_path):
     assert again.peft_config["default"].window == 0.5
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_weighted_sum_stands_under_no_window():
+    from peft import get_peft_model
+
+    config = SliceFineConfig(r=2, mode="row", interval=1, window=1, target_modules=["0", "2", "4"])
+    model = get_peft_model(mlp(), config, adapter_name="a")
+    model.add_adapter("b", config)
+    model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c")
+    model.set_adapter("c")
+    mover = movers_of(model)[-1]
+    assert (mover.name, len(mover.slices())) == ("c", 3)
+    assert model.peft_config["c"].window is None
 
 
 def _distributed(rank, port, queue):

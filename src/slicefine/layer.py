@@ -506,8 +506,9 @@ class SliceLinear(nn.Module):
         if not trained:
             if not y.requires_grad or compiling:
                 return y
-            if any(self.states[name].below for name in names):
-                _warn_below(self.states[names[0]])
+            for name in names:
+                if self.states[name].below and self.slicefine_active[name].requires_grad:
+                    _warn_below(self.states[name])
             return guard_content(y, self)
         if len(names) > 1:
             refused = _RefuseBackward.apply(y, parameters[trained[0]], self.label)  # type: ignore[no-untyped-call]

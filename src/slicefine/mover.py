@@ -22,7 +22,7 @@ from .geometry import Slice
 from .layer import SliceLinear
 from .schedule import POLICIES, Moves, plan_moves, wrap_visit
 from .state import AdapterState
-from .window import Place, Window, block_numbers
+from .window import Window, places
 
 __all__ = ["FALLBACK_INTERVAL", "Mover", "MoveSettings", "movers_of", "reset_optimizer_state"]
 
@@ -142,11 +142,13 @@ class Mover:
     _pace: weakref.ref[Optimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
 
     def __post_init__(self) -> None:
-        _MOVERS.add(self)
+        window = self.settings.window
+        stands = {} if window is None or not self.layers else places(window, self.layers)
         for layer in self.layers.values():  # the layers keep the mover alive, whatever the user keeps
             layer.states[self.name].mover = self
-        if self.settings.window is not None and self.layers:
-            self._place(self.settings.window)
+        for name, place in stands.items():
+            self.layers[name].stand(self.name, place)
+        _MOVERS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_owners", "_pace", "_seen")}
@@ -215,7 +217,7 @@ class Mover:
         owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         owned = [entry for entry in training if id(entry.parameter) in owned_ids]
         if not owned:
-            self._note_foreign_step(training[0].parameter)
+            self._note_foreign_step(next((e.parameter for e in training if not e.state.idle), training[0].parameter))
             return
         self.foreign_steps, self.stepped = 0, True
         if torch._C._current_graph_task_id() != -1:
@@ -305,6 +307,9 @@ class Mover:
         for name, layer in layers.items():
             blocks[name] = to[name] if name in to else layer.next_block(self.name)
             layer.check_block(self.name, blocks[name])
+            place = layer.states[self.name].place
+            if name in to and place is not None and not place.trains(self.visits):
+                raise ConfigError(f"move: {name} lies outside the window of blocks at the next visit; leave it out.")
         step = self.step
         for name, layer in layers.items():
             layer.move(self.name, blocks[name], step)
@@ -316,14 +321,6 @@ class Mover:
         for optimizer in optimizers:
             for layer in self._with_adapter():
                 reset_optimizer_state(optimizer, layer.slicefine_active[self.name])
-
-    def _place(self, window: Window) -> None:
-        """Tell every layer which block it belongs to."""
-        numbers = block_numbers(self.layers)
-        count = max(numbers.values()) + 1
-        window.check(count)
-        for name, layer in self.layers.items():
-            layer.stand(self.name, Place(window, numbers[name], count))
 
     # -- guards ---------------------------------------------------------------------------------------------------
 
@@ -391,12 +388,20 @@ class Mover:
     def _warn_about_plan(self, plan: Moves, total: int) -> None:
         due = 0 if plan.interval is None else (total - 1) // plan.interval
         due = due if plan.limit is None else min(due, plan.limit)
-        fixed = all(layer.states[self.name].schedule.positions == "fixed" for layer in self._with_adapter())
+        fixed = self.settings.window is None and all(state.schedule.positions == "fixed" for _, state in self._pairs())
         if due == 0 and not fixed and self.settings.moves != 0:
             warnings.warn(
                 f"SliceFine: the slice will not move in this run of {total} steps (interval {plan.interval}, at least "
                 f"{self.settings.minimum_steps} steps per position). Train longer, or lower interval= or "
                 "minimum_steps=, if it should.",
+                UserWarning,
+                stacklevel=2,
+            )
+        waiting = [s.layer_name for _, s in self._pairs() if s.place is not None and s.place.turn(due + 1) == 0]
+        if due > 0 and waiting and self.settings.window is not None and self.settings.window.order != "fixed":
+            warnings.warn(
+                f"SliceFine: the window gets to {due + 1} of its positions in this run, so {len(waiting)} layers never "
+                f"train ({waiting[0]}, ...). Use more moves, a larger window, or window_order='fixed' to say so.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -415,14 +420,17 @@ class Mover:
 
     def _own(self) -> dict[str, SliceLinear]:
         """Layers that still have this mover's adapter, and not a later one of the same name."""
-        with_adapter = {id(layer) for layer, _ in self._pairs()}
-        return {name: layer for name, layer in self.layers.items() if id(layer) in with_adapter}
+        return {name: layer for name, layer in self.layers.items() if self._state_of(layer) is not None}
 
     def _pairs(self) -> Iterator[tuple[SliceLinear, AdapterState]]:
         for layer in self.layers.values():
-            state = layer.states.get(self.name)
-            if state is not None and state.mover is self:
+            state = self._state_of(layer)
+            if state is not None:
                 yield layer, state
+
+    def _state_of(self, layer: SliceLinear) -> AdapterState | None:
+        state = layer.states.get(self.name)
+        return state if state is not None and state.mover is self else None
 
     def _with_adapter(self) -> list[SliceLinear]:
         return [layer for layer, _ in self._pairs()]
@@ -483,6 +491,7 @@ def movers_of(model: torch.nn.Module) -> list[Mover]:
     return sorted(found, key=lambda mover: order.get(mover.name, math.inf))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled optimizer.step stays outside the hook
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for mover in list(_MOVERS):
         mover.after_step(optimizer)

@@ -44,6 +44,9 @@ class AdapterState:
         self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"views": ()}  # a view would be pickled with all of the weight under it
+
     def mark_synced(self, parameter: Tensor) -> None:
         """Note that the weight holds the parameter's values as they are now."""
         self.synced = (id(parameter), parameter._version)

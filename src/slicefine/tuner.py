@@ -20,7 +20,7 @@ from .errors import AdapterFileError, ConfigError
 from .layer import SliceLinear, supports
 from .mover import Mover, MoveSettings
 from .schedule import Positions, Schedule
-from .window import make_window
+from .window import make_window, places
 
 __all__ = [
     "FORMAT_VERSION",
@@ -179,6 +179,8 @@ def attach(
     if any(isinstance(module, SliceLinear) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
     names = match_layers(model, target_modules, exclude_modules)
+    if settings.window is not None:
+        places(settings.window, names)  # refused before anything changes
     layers = {}
     clamped: dict[str, int] = {}
     for name in names:

@@ -7,6 +7,7 @@ that is differentiated through all layers. Pure functions of (visit, number of b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,11 @@ import torch
 from .errors import ConfigError
 from .geometry import block_count, block_start
 
-__all__ = ["DWELLS", "ORDERS", "Place", "Window", "block_numbers", "make_window"]
+__all__ = ["DWELLS", "ORDERS", "Place", "Window", "block_numbers", "make_window", "places"]
 
 ORDERS = ("top-down", "bottom-up", "random", "fixed")
 DWELLS = ("uniform", "top-heavy")
+_CONTAINER = 0.6  # an index that more than this share of the layers have tells no blocks apart
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class Window:
                 break
         return windows[number]
 
+    def cycle(self, count: int) -> int:
+        """Visits after which the windows begin again."""
+        return sum(self._visits(len(self.windows(count))))
+
     def _visits(self, number: int) -> Sequence[int]:
         if self.dwell == "uniform":
             return [1] * number
@@ -144,9 +150,11 @@ class Place:
 
 
 def block_numbers(names: Iterable[str]) -> dict[str, int]:
-    """The block of each layer, by the first number in its name, counted in the order in which the names come.
+    """The block of each layer, by a number in its name, counted in the order in which the names come.
 
-    A layer without a number belongs to the block before it (a head), or to the first one (an embedding's projection).
+    It is the outermost number that tells layers apart: one of which a single value holds most of the layers belongs
+    to a container (``Sequential(encoder, head)``), and the next one counts. A layer without a number belongs to the
+    block before it (a head), or to the first one (an embedding's projection).
 
     Raises:
         ConfigError: if no name has a number: then there is nothing to move a window over.
@@ -155,18 +163,35 @@ def block_numbers(names: Iterable[str]) -> dict[str, int]:
         >>> block_numbers(["project", "layer.0.up", "layer.0.down", "layer.1.up", "head"])
         {'project': 0, 'layer.0.up': 0, 'layer.0.down': 0, 'layer.1.up': 1, 'head': 1}
     """
+    names = list(names)
+    parts = {name: name.split(".") for name in names}
+    # the paths up to a number, outermost first
+    paths = {name: [tuple(p[: i + 1]) for i, part in enumerate(p) if part.isdigit()] for name, p in parts.items()}
+    if not any(paths.values()):
+        raise ConfigError(
+            f"window: none of the layers ({', '.join(names[:3])}, ...) has a number in its name, so the model has no "
+            "blocks to move a window over; leave window out."
+        )
+    members = Counter(path for own in paths.values() for path in own)
+    siblings = Counter(path[:-1] for own in paths.values() for path in own)
     found: dict[tuple[str, ...], int] = {}
     result: dict[str, int] = {}
     for name in names:
-        parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if number is not None:
-            found.setdefault(tuple(parts[: number + 1]), len(found))
-        result[name] = max(0, len(found) - 1) if number is None else found[tuple(parts[: number + 1])]
-    if not found:
-        some = ", ".join(list(result)[:3])
-        raise ConfigError(
-            f"window: none of the layers ({some}, ...) has a number in its name, so the model has no blocks to move a "
-            "window over; leave window out."
-        )
+        telling = [path for path in paths[name] if members[path] <= _CONTAINER * siblings[path[:-1]]]
+        path = next(iter(telling or paths[name]), None)
+        if path is not None:
+            found.setdefault(path, len(found))
+        result[name] = max(0, len(found) - 1) if path is None else found[path]
     return result
+
+
+def places(window: Window, names: Iterable[str]) -> dict[str, Place]:
+    """Where each layer stands under a window.
+
+    Raises:
+        ConfigError: if the names have no numbers, or the window's dwell does not fit their number of blocks.
+    """
+    numbers = block_numbers(names)
+    count = max(numbers.values()) + 1
+    window.check(count)
+    return {name: Place(window, number, count) for name, number in numbers.items()}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .settings import BenchSettings
 from .shapes import Shape, make_batch, make_model, step_loss
 from .workload import Workload
 
-__all__ = ["Row", "ShapeResult", "iterate", "measure_shape", "noise"]
+__all__ = ["Row", "ShapeResult", "iterate", "measure_shape"]
 
 
 @dataclass
@@ -31,8 +31,8 @@ class Row:
         step, forward, backward, optimizer: median seconds.
         per_second: tokens, images or clips per second at the median step.
         saved: bytes that the forward keeps for backward, weights left out.
-        peak: peak memory of a step: on a GPU the allocator's, beyond what was there before; on a CPU the growth of
-            the resident set of a process of its own; None if not measured.
+        peak: peak memory of a step beyond what is there before it (weights, optimizer state): on a GPU the
+            allocator's, on a CPU the resident set's of a process of its own; None if not measured.
         state: bytes of optimizer state.
         trainable: entries in training at a time.
         file: bytes of the file that a user keeps.
@@ -58,11 +58,16 @@ class Row:
 
 @dataclass
 class ShapeResult:
-    """All rows of one model shape, and the methods that it cannot have, with the reason."""
+    """All rows of one model shape, the methods that it cannot have, with the reason, and the noise.
+
+    Attributes:
+        noise: how far the floor lies from itself: |ratio - 1| of the second floor, the largest over groups.
+    """
 
     shape: Shape
     rows: list[Row]
     skipped: dict[str, str]
+    noise: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -86,6 +91,7 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
     names = settings.method_names()[2:]
     rows: dict[str, Row] = {}
     skipped: dict[str, str] = {}
+    noise = 0.0
     expected, gradients = _expectations(base, batch)
     for at in range(0, max(1, len(names)), settings.together):
         group = [FLOOR, "floor again", *names[at : at + settings.together]]
@@ -98,7 +104,9 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
                 skipped[name] = str(error)
                 continue
             workloads[name].check(expected, gradients)
-        for name, row in _measure_group(settings, shape, workloads, report).items():
+        measured = _measure_group(settings, shape, workloads, report)
+        noise = max(noise, abs(measured["floor again"].ratio - 1))
+        for name, row in measured.items():
             rows.setdefault(name, row)
         del workloads
         gc.collect()
@@ -106,7 +114,7 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
         for name, row in rows.items():
             report(f"{shape.name}: peak memory of {name}")
             row.peak = _peak_in_own_process(settings, shape, name)
-    return ShapeResult(shape, list(rows.values()), skipped)
+    return ShapeResult(shape, list(rows.values()), skipped, noise)
 
 
 def _workload(settings: BenchSettings, name: str, base: nn.Module, shape: Shape, batch: dict[str, Tensor]) -> Workload:
@@ -114,11 +122,6 @@ def _workload(settings: BenchSettings, name: str, base: nn.Module, shape: Shape,
     if settings.loop == "trainer":
         from .through_trainer import TrainerWorkload as kind  # noqa: N813
     return kind(name, METHODS[name], base, shape.family, batch, settings.checkpointing, settings.compiled)
-
-
-def noise(result: ShapeResult) -> float:
-    """How far the floor lies from itself: |ratio - 1| of the second floor."""
-    return abs(next(row.ratio for row in result.rows if row.method == "floor again") - 1)
 
 
 def _expectations(base: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -181,20 +184,28 @@ def _peak(settings: BenchSettings, shape: Shape, name: str) -> int:
     workload = _workload(settings, name, base, shape, batch)
     del base
     gc.collect()
-    before = _resident()
+    workload.step()  # gradients' and optimizer's buffers are there from now on
+    gc.collect()
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
     for _ in range(3):
         workload.step()
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return max(0, _memory("VmHWM") - before)
 
 
-def _resident() -> int:
-    """Bytes in the resident set now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def _memory(name: str) -> int:
+    """An entry of the process's memory status in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise UnsupportedError(f"bench.memory: this system does not tell a process's {name}; leave memory out.")
 
 
 def iterate(settings: BenchSettings, report: Callable[[str], None]) -> Iterator[ShapeResult]:
     """Measure shape after shape."""
+    if settings.compiled:  # all models of one family share their code objects, and with them one budget of graphs
+        torch._dynamo.config.recompile_limit = 256
+        torch._dynamo.config.accumulated_recompile_limit = 4096
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     for shape in settings.shapes():

@@ -30,14 +30,12 @@ class Method:
         optimizer: ``"adamw"`` (fused) or ``"lora-fa"``.
         slices: whether it is SliceFine: its gradients are checked against a dense backward, and its moves are timed.
         to_inputs: whether gradients flow to the embeddings; a window stops above them.
-        identity: whether it computes what the base computes before the first step.
     """
 
     build: Callable[[Any, str], Any]
     optimizer: str = "adamw"
     slices: bool = False
     to_inputs: bool = True
-    identity: bool = True
 
 
 def make_optimizer(method: Method, model: Any, rate: float = 1e-5) -> torch.optim.Optimizer | None:
@@ -72,12 +70,10 @@ def _listing1(mode: str, r: int) -> Method:
         from ..reference import Listing1Linear
         from ..tuner import match_layers
 
-        head = model.get_output_embeddings()
-        for name in match_layers(model, "all-linear"):
+        head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        for name in match_layers(model, "all-linear", head):  # PEFT's "all-linear" leaves the head out as well
             parent, _, child = name.rpartition(".")
-            layer = model.get_submodule(name)
-            if layer is not head:
-                setattr(model.get_submodule(parent), child, Listing1Linear(layer, mode, r))
+            setattr(model.get_submodule(parent), child, Listing1Linear(model.get_submodule(name), mode, r))
         return model
 
     return Method(build)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .measure import ShapeResult, noise
+from .measure import ShapeResult
 from .settings import BenchSettings
 
 __all__ = ["draw", "environment", "print_result", "write_json"]
@@ -27,8 +27,7 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
     ]
     table = Table(
         title=f"{shape.name}: {shape.layers} layers, width {shape.width}, batch {size}, {settings.dtype}, "
-        f"{settings.device}, {settings.loop} loop, {settings.rounds} rounds"
-        + (f", {', '.join(flags)}" if flags else "")
+        f"{settings.device}, {settings.rounds} rounds, {', '.join(flags)}"
     )
     table.add_column("method", no_wrap=True)
     for column in ("/ floor", "quartiles", "fwd s", "bwd s", f"{shape.items[1]}/s", "kept MiB", "active", "file"):
@@ -44,7 +43,8 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
             cells.append("" if row.peak is None else f"{row.peak / 2**20:,.0f}")
         table.add_row(*cells)
     console.print(table)
-    extras = Table("method", "move ms", "save ms", "load ms", "off and on ms", title="beside a step")
+    title = "beside a step (swap: slices off and on; of the others, merge and unmerge)"
+    extras = Table("method", "move ms", "save ms", "load ms", "swap ms", title=title)
     for row in (row for row in result.rows if row.extras):
         cells = [f"{1e3 * row.extras[k]:,.1f}" if k in row.extras else "" for k in ("move", "save", "load", "switch")]
         extras.add_row(row.method, *cells)
@@ -52,7 +52,7 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
         console.print(extras)
     for name, reason in result.skipped.items():
         console.print(f"{name}: not measured. {reason}")
-    console.print(f"the floor differs from itself by {noise(result):.1%}: smaller differences mean nothing")
+    console.print(f"the floor differs from itself by {result.noise:.1%}: smaller differences mean nothing")
 
 
 def environment(settings: BenchSettings) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def write_json(path: Path, results: list[ShapeResult], settings: BenchSettings, 
         "date": date,
         "environment": environment(settings),
         "settings": vars(settings),
-        "results": [result.to_dict() | {"noise": noise(result)} for result in results],
+        "results": [result.to_dict() for result in results],
     }
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -64,13 +64,13 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._report_hidden(none_left=next(_sliced_layers(model, adapter_name), None) is None)
+            self._make_mover(model, adapter_name, config)
         except Exception:
             _remove_adapter(model, adapter_name)
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
         warn_about_clamped(self._clamped)
-        self._make_mover(model, adapter_name, config)
 
     def _report_hidden(self, none_left: bool) -> None:
         """Say which layers are left out because nn.MultiheadAttention uses their weight without calling them."""
@@ -223,8 +223,10 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             )
         wrappers = self._modules_to_save_of(adapters)
         saved = sorted({name for c in configs for name in c.modules_to_save or ()})
+        # the parts' layers were visited at different times, so the sum stands under no window
+        no_window = {"window": None, "window_order": "top-down", "window_dwell": "uniform"}
         config = self.peft_config[adapter_name] = replace(
-            configs[0], layout=None, target_modules=_all_targets(configs), modules_to_save=saved or None
+            configs[0], layout=None, target_modules=_all_targets(configs), modules_to_save=saved or None, **no_window
         )
         for wrapper, source in wrappers:
             wrapper.update(adapter_name)  # type: ignore[no-untyped-call]

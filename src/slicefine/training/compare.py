@@ -77,5 +77,5 @@ def _verdict(found: list[Forecast], memory: float) -> str:
 
 def _moves(moves: list[int]) -> str:
     if not moves:
-        return "no step: the run is too short"
+        return "no step"
     return f"steps {', '.join(map(str, moves[:12]))}" + (", ..." if len(moves) > 12 else "")

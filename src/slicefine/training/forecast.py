@@ -7,19 +7,17 @@ the run itself, on this machine, with a frozen model beside them; every weight i
 from __future__ import annotations
 
 import gc
+import math
 import statistics
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bench.workload import kept_bytes, state_bytes
+from ..bench.workload import enable_checkpointing, gradients_to_inputs, kept_bytes, state_bytes, timed_step
 from ..delta import expected_shapes
-from ..geometry import Slice
 from ..journal import Journal, Visit
 from ..layer import SliceLinear
 from ..mover import Mover, movers_of
@@ -42,10 +40,10 @@ class Forecast:
     Attributes:
         mode, r: the candidate.
         trainable, changed: entries in training at a time, and touched over the whole run, the head included.
-        kept: activations kept for backward, of the largest batch looked at.
+        kept: activations kept for backward, of the largest batch looked at and the costliest position.
         state: AdamW's state.
         memory: what must fit at once; buffers that live within one operation come on top.
-        ratio: step time / that of the frozen model (median over batches).
+        ratio: step time / that of the frozen model (median over batches, mean over orientations and windows).
         file: the adapter file at the end.
         moves: the steps after which slices move.
     """
@@ -79,12 +77,14 @@ def forecasts(
     settings = session.settings
     inputs = _batches(session, batches)
     session.loaded.model.requires_grad_(False)
+    if settings.training.gradient_checkpointing:
+        enable_checkpointing(session.loaded.model)
     for mode in modes:
         for r in ranks:
-            # positions do not change what a step costs
-            chosen = replace(
-                settings.slice, mode=mode, r=r, r_row=None, r_column=None, positions="sweep", rank_pattern={}
-            )
+            # which blocks they are changes neither cost nor counts; whether they move does
+            positions = "fixed" if settings.slice.positions == "fixed" else "sweep"
+            own_rank: dict[str, Any] = {"r": r, "r_row": None, "r_column": None, "rank_pattern": {}}
+            chosen = replace(settings.slice, mode=mode, positions=positions, **own_rank)
             method = replace(settings.method, name="slicefine")
             yield _forecast(session, replace(settings, slice=chosen, method=method), inputs, rounds)
 
@@ -93,13 +93,12 @@ def planned_slices(layer: SliceLinear, name: str, moves: int) -> list[Visit]:
     """The visits that a layer will have made after so many moves, one step each where it trains."""
     state = layer.states[name]
     visits: list[Visit] = []
+    turn = 0
     for visit in range(moves + 1):
         inside = state.place is None or state.place.trains(visit)
-        if visits and not inside:
-            block: Slice = visits[-1].slice
-        else:
-            turn = visit if state.place is None else state.place.turn(visit)
+        if inside or not visits:
             block = slice_at(state.schedule, turn, layer.shape, state.layer_name)
+        turn += inside
         visits.append(Visit(block, visit + 1, visit + int(inside)))
     return visits
 
@@ -113,7 +112,7 @@ def adapter_bytes(mover: Mover, moves: int) -> int:
         table = journal.table()
         shapes = expected_shapes(table, layer.shape)
         parameter = layer.slicefine_active[mover.name]
-        finished = sum(_product(shape) for shape in shapes.values()) * layer.weight.element_size()
+        finished = sum(math.prod(shape) for shape in shapes.values()) * layer.weight.element_size()
         total += table.numel() * 8 + parameter.numel() * parameter.element_size() + finished
         total += (2 + len(shapes)) * (_HEADER + len(f"base_model.model.{name}.slicefine_active"))
     return total
@@ -121,18 +120,23 @@ def adapter_bytes(mover: Mover, moves: int) -> int:
 
 def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str, Any]], rounds: int) -> Forecast:
     base = session.loaded.model
-    floor = [_floor_seconds(base, batch, rounds) for batch in batches]
-    model = make_trainable(session.loaded, session.task, settings, session.prepared)
+    floor = [_seconds(base.train(), batch, settings, rounds) for batch in batches]
+    model = make_trainable(session.loaded, session.task, settings, session.prepared).train()
     try:
-        model.train()
         (mover,) = movers_of(model)
         moves = moves_of(model, session.total_steps)
+        counts = tensor_counts(model, session.loaded)
         mover.settings = replace(mover.settings, interval=10**9)  # the steps below must not move
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-        kept = max(_kept(model, batch) for batch in batches)
-        own = [_step_seconds(model, batch, rounds, optimizer) for batch in batches]
-        counts, state = tensor_counts(model, session.loaded), state_bytes(optimizer)
+        kept, ratios = 0, []
+        for number in range(min(len(moves) + 1, _distinct_visits(mover))):
+            if number:
+                mover.move()
+            kept = max(kept, *(_kept(model, batch, settings) for batch in batches))
+            own = [_seconds(model, batch, settings, rounds, optimizer) for batch in batches]
+            ratios.append(statistics.median(mine / other for mine, other in zip(own, floor, strict=True)))
+        state = state_bytes(optimizer)
         return Forecast(
             mode=settings.slice.mode,
             r=settings.slice.r,
@@ -141,7 +145,7 @@ def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str,
             kept=kept,
             state=state,
             memory=_bytes(model.parameters()) + _bytes(trained) + state + kept,
-            ratio=statistics.median(mine / other for mine, other in zip(own, floor, strict=True)),
+            ratio=statistics.mean(ratios),
             file=adapter_bytes(mover, len(moves)) + 4 * counts["head"],
             moves=moves,
         )
@@ -151,8 +155,38 @@ def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str,
         gc.collect()
 
 
-def _kept(model: Any, batch: dict[str, Any]) -> int:
-    return kept_bytes(model, lambda: model(**batch))
+def _distinct_visits(mover: Mover) -> int:
+    """Visits until every window, and in alternate mode both orientations, have been seen."""
+    layers = [(layer.states[mover.name], layer) for layer in mover.layers.values()]
+    turns = 2 if any(state.schedule.mode == "alternate" for state, _ in layers) else 1
+    places = [state.place for state, _ in layers if state.place is not None]
+    return turns * max((place.window.cycle(place.count) for place in places), default=1)
+
+
+def _forward(model: Any, batch: dict[str, Any], settings: TrainSettings) -> Tensor:
+    device = next(iter(batch.values())).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=settings.training.bf16):
+        loss: Tensor = model(**batch).loss
+    return loss
+
+
+def _kept(model: Any, batch: dict[str, Any], settings: TrainSettings) -> int:
+    return kept_bytes(model, lambda: _forward(model, batch, settings))
+
+
+def _seconds(
+    model: Any,
+    batch: dict[str, Any],
+    settings: TrainSettings,
+    rounds: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> float:
+    """Median seconds of a step, the first one left out; without an optimizer the floor's."""
+    handle = gradients_to_inputs(model) if optimizer is None else None
+    steps = [sum(timed_step(lambda: _forward(model, batch, settings), optimizer)) for _ in range(rounds + 1)]
+    if handle is not None:
+        handle.remove()
+    return statistics.median(steps[1:])
 
 
 def _changed(mover: Mover, moves: int) -> int:
@@ -180,46 +214,3 @@ def _batches(session: Session, count: int) -> list[dict[str, Any]]:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()
     groups = [order[at : at + training.batch_size] for at in range(0, len(order), training.batch_size)][:count]
     return [send_to_device(dict(session.prepared.collator([rows[i] for i in group])), device) for group in groups]
-
-
-@contextmanager
-def _gradients_to_inputs(model: Any) -> Iterator[None]:
-    """The floor: everything frozen, gradients flowing to the embeddings."""
-    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, y: y.requires_grad_())
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _floor_seconds(model: Any, batch: dict[str, Any], rounds: int) -> float:
-    model.train()
-    with _gradients_to_inputs(model):
-        return _step_seconds(model, batch, rounds, None)
-
-
-def _step_seconds(model: Any, batch: dict[str, Any], rounds: int, optimizer: torch.optim.Optimizer | None) -> float:
-    """Median seconds of forward, backward and optimizer, the first time left out."""
-    seconds = []
-    for _ in range(rounds + 1):
-        begin = _now()
-        loss: Tensor = model(**batch).loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds.append(_now() - begin)
-    return statistics.median(seconds[1:])
-
-
-def _now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

@@ -95,6 +95,8 @@ def _layers(model: Any) -> list[LayerPlan]:
     groups: dict[tuple[str, tuple[int, int], str, int, int], list[int]] = {}
     for mover in movers_of(model):
         for name, layer in mover.layers.items():
+            if layer.states[mover.name].idle:  # its turn comes later
+                continue
             active = layer.states[mover.name].journal.active
             key = (layer_kind(name), layer.shape, active.axis, active.width, layer.active_entries(mover.name))
             groups.setdefault(key, []).append(active.start)
