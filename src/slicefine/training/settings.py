@@ -15,7 +15,7 @@ __all__ = ["LEARNING_RATES", "METHODS", "MethodSettings", "SliceSettings", "Trai
 
 METHODS = ("slicefine", "lora", "full", "head")
 # used when a recipe names none; slices and adapters need 10 to 100 times the rate of full fine-tuning
-LEARNING_RATES = {"slicefine": 3e-3, "lora": 1e-3, "full": 5e-5, "head": 5e-3}
+LEARNING_RATES = {"slicefine": 3e-3, "lora": 5e-4, "full": 5e-5, "head": 5e-3}
 _EVERY = ("epoch", "steps", "no")
 
 
