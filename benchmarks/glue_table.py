@@ -28,10 +28,10 @@ CAPS = {"sst2": (200, 40), "mrpc": (100, 48), "cola": (960, 24), "rte": (80, 64)
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "head": (["--method.name", "head"], (3e-3, 1e-2)),
     "SliceFine 1R": (["--slice.mode", "row", "--slice.r", "1"], (3e-3, 1e-2)),
-    "SliceFine 5R": (["--slice.mode", "row", "--slice.r", "5"], (2e-3, 4e-3)),
-    "SliceFine 5C": (["--slice.mode", "column", "--slice.r", "5"], (3e-3, 6e-3)),
-    "SliceFine 5RC": (["--slice.mode", "alternate", "--slice.r", "5"], (2e-3, 4e-3)),
-    "SliceFine 12C": (["--slice.mode", "column", "--slice.r", "12"], (2e-3, 4e-3)),
+    "SliceFine 5R": (["--slice.mode", "row", "--slice.r", "5"], (1e-3, 2e-3, 4e-3)),
+    "SliceFine 5C": (["--slice.mode", "column", "--slice.r", "5"], (1e-3, 3e-3, 6e-3)),
+    "SliceFine 5RC": (["--slice.mode", "alternate", "--slice.r", "5"], (1e-3, 2e-3, 4e-3)),
+    "SliceFine 12C": (["--slice.mode", "column", "--slice.r", "12"], (1e-3, 2e-3, 4e-3)),
     "LoRA r=8": (["--method.name", "lora", "--method.lora_r", "8"], (5e-4, 1e-3, 2e-3)),
     "full": (["--method.name", "full", "--training.head_learning_rate", "1e-3"], (1e-4, 2e-4)),
 }
@@ -85,13 +85,14 @@ def finish(jobs: list[Job], results: dict[Job, Any], args: argparse.Namespace, s
 
 
 def chosen_rate(task: str, method: str, results: dict[Job, Any]) -> float:
-    """The rate with the best validation metric on seed 0."""
-    return max(METHODS[method][1], key=lambda rate: results[task, method, rate, 0]["validation"])
+    """The rate with the best validation metric on seed 0, of those that ran."""
+    ran = [rate for rate in METHODS[method][1] if (task, method, rate, 0) in results]
+    return max(ran, key=lambda rate: results[task, method, rate, 0]["validation"])
 
 
 def table(tasks: list[str], methods: list[str], seeds: int, results: dict[Job, Any]) -> Iterator[str]:
     """The table in Markdown: mean and, over several seeds, standard deviation of the test metric, in percent."""
-    metrics = {t: results[t, methods[0], METHODS[methods[0]][1][0], 0]["metric"] for t in tasks}
+    metrics = {t: next(r["metric"] for job, r in results.items() if job[0] == t) for t in tasks}
     yield "| method | " + " | ".join(f"{t} ({metrics[t]})" for t in tasks) + " | mean | active | changed | file |"
     yield "|---|" + "---|" * (len(tasks) + 4)
     for method in methods:

@@ -491,7 +491,6 @@ def movers_of(model: torch.nn.Module) -> list[Mover]:
     return sorted(found, key=lambda mover: order.get(mover.name, math.inf))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled optimizer.step stays outside the hook
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for mover in list(_MOVERS):
         mover.after_step(optimizer)
