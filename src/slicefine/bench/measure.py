@@ -35,7 +35,7 @@ class Row:
             allocator's, on a CPU the resident set's of a process of its own; None if not measured.
         state: bytes of optimizer state.
         trainable: entries in training at a time.
-        file: bytes of the file that a user keeps.
+        file: bytes of the file that a user keeps, before the first move.
         extras: seconds of a move, of saving, loading and switching, where the method has them.
     """
 
@@ -143,6 +143,7 @@ def _expectations(base: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, di
 def _measure_group(
     settings: BenchSettings, shape: Shape, workloads: dict[str, Workload], report: Callable[[str], None]
 ) -> dict[str, Row]:
+    files = {name: workload.file_bytes() for name, workload in workloads.items()}  # before a move makes them grow
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in workloads}
     for number in range(settings.warmup + settings.rounds):
         report(f"{shape.name}: round {number + 1} of {settings.warmup + settings.rounds}")
@@ -152,10 +153,12 @@ def _measure_group(
             if number >= settings.warmup:
                 times[name].append(measured)
     floor = [sum(t) for t in times[FLOOR]]
-    return {name: _row(shape, workload, times[name], floor) for name, workload in workloads.items()}
+    return {name: _row(shape, workload, times[name], floor, files[name]) for name, workload in workloads.items()}
 
 
-def _row(shape: Shape, workload: Workload, times: list[tuple[float, float, float]], floor: list[float]) -> Row:
+def _row(
+    shape: Shape, workload: Workload, times: list[tuple[float, float, float]], floor: list[float], file: int
+) -> Row:
     totals = [sum(t) for t in times]
     ratios = [mine / other for mine, other in zip(totals, floor, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -164,7 +167,7 @@ def _row(shape: Shape, workload: Workload, times: list[tuple[float, float, float
     peak = workload.peak_step() if workload.device.type == "cuda" else None
     return Row(
         workload.name, middle, low, high, step, forward, backward, optimizer, shape.items[0] / step,
-        workload.saved_bytes(), workload.state_bytes(), workload.trainable(), workload.file_bytes(), peak,
+        workload.saved_bytes(), workload.state_bytes(), workload.trainable(), file, peak,
         workload.extras(),
     )  # fmt: skip
 
