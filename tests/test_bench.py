@@ -234,6 +234,7 @@ def test_the_command_writes_its_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--models", "gpt9"], "'gpt9' is unknown; expected one of roberta, llama"),
         (["--models", "[gpt9]"], "'gpt9' is unknown; expected one of roberta, llama"),
         (["--methods", "[lora]"], "bench.methods: 'lora' is unknown; expected some of floor"),
         (["--suite", "all"], "bench.suite='all' is unknown; expected one of core"),
@@ -250,6 +251,12 @@ def test_the_command_writes_its_files(tmp_path, capsys):
 def test_bad_settings_are_refused_before_anything_is_measured(words, message, capsys):
     assert main(["bench", *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_names_may_come_with_commas():
+    settings = BenchSettings(models="llama, roberta", methods="column r=5,lora r=8")
+    assert [shape.name for shape in settings.shapes()] == ["llama", "roberta"]
+    assert settings.method_names() == ["floor", "floor again", "column r=5", "lora r=8"]
 
 
 def test_suites_name_methods_that_exist():

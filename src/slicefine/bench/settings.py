@@ -23,7 +23,7 @@ class BenchSettings:
         models: shapes: roberta, llama (6 layers of width 768), roberta-base, roberta-large, llama-160m, llama-1b,
             llama-3b, vit-b16, videomae-base.
         suite: core, ranks, windows, peft, or full (everything).
-        methods: names of single methods, instead of a suite.
+        methods: names of single methods, instead of a suite; a list, or one text with commas, as for models.
         rounds: timed rounds; every method makes one step per round.
         warmup: rounds before them that are not timed.
         layers: number of layers; null is the shape's.
@@ -43,9 +43,9 @@ class BenchSettings:
         seed: of weights and inputs.
     """
 
-    models: list[str] = field(default_factory=lambda: ["roberta", "llama"])
+    models: list[str] | str = field(default_factory=lambda: ["roberta", "llama"])
     suite: str = "core"
-    methods: list[str] | None = None
+    methods: list[str] | str | None = None
     rounds: int = 10
     warmup: int = 1
     layers: int | None = None
@@ -88,13 +88,17 @@ class BenchSettings:
     def shapes(self) -> list[Shape]:
         """The shapes with the sizes that were asked for."""
         sizes = {name: getattr(self, name) for name in ("layers", "width", "batch", "length")}
-        return [find_shape(name, **sizes, lm_head=self.lm_head) for name in self.models]
+        return [find_shape(name, **sizes, lm_head=self.lm_head) for name in _names(self.models)]
 
     def method_names(self) -> list[str]:
         """The floor twice, then the methods in order."""
-        return methods_of(self.suite, self.methods)
+        return methods_of(self.suite, None if self.methods is None else _names(self.methods))
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The precision of the models."""
         return _DTYPES[self.dtype]
+
+
+def _names(given: list[str] | str) -> list[str]:
+    return [name.strip() for name in given.split(",")] if isinstance(given, str) else given
