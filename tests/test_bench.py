@@ -12,7 +12,6 @@ from torch import nn
 from slicefine import functional
 from slicefine.bench import measure
 from slicefine.bench.methods import METHODS, SUITES, Method, methods_of
-from slicefine.bench.run import run_bench
 from slicefine.bench.settings import BenchSettings
 from slicefine.bench.shapes import SHAPES, find_shape, make_batch, make_model, step_loss
 from slicefine.bench.through_trainer import TrainerWorkload
@@ -267,4 +266,3 @@ def test_suites_name_methods_that_exist():
     assert all(name == shape.name for name, shape in SHAPES.items())
     with pytest.raises(ConfigError, match=r"expected one of core"):
         methods_of("none", None)
-    assert callable(run_bench)

@@ -1,8 +1,8 @@
 """Which blocks of a model train: a moving window of consecutive ones, so that backward stops at its lower edge.
 
 A layer outside the window attaches no slice to the graph. Where nothing below the window needs a gradient, autograd
-neither differentiates the blocks there nor keeps their activations: the step goes below the cost of a frozen model
-that is differentiated through all layers. Pure functions of (visit, number of blocks, seed); block 0 is the lowest.
+neither differentiates the blocks there nor keeps their activations, which a frozen model under gradients has to do
+for all layers. Pure functions of (visit, number of blocks, seed); block 0 is the lowest.
 """
 
 from __future__ import annotations

@@ -122,7 +122,6 @@ class Workload:
         compiled: bool = False,
     ) -> None:
         self.name, self.method, self.batch = name, method, batch
-        self.base_parameters = sum(p.numel() for p in base.parameters())
         self.model: Any = method.build(copy.deepcopy(base), family).train()
         if checkpointing:
             enable_checkpointing(self.model)

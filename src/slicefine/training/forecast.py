@@ -23,7 +23,7 @@ from ..layer import SliceLinear
 from ..mover import Mover, movers_of
 from ..schedule import slice_at
 from .counts import touched_entries
-from .methods import make_trainable, tensor_counts
+from .methods import make_trainable, tensor_counts, train_batches
 from .plan import moves_of
 from .session import Session
 from .settings import TrainSettings
@@ -75,7 +75,7 @@ def forecasts(
         ConfigError: if a candidate's settings do not fit the model.
     """
     settings = session.settings
-    inputs = _batches(session, batches)
+    inputs = list(train_batches(session.loaded, settings, session.prepared, batches))
     session.loaded.model.requires_grad_(False)
     if settings.training.gradient_checkpointing:
         enable_checkpointing(session.loaded.model)
@@ -200,17 +200,3 @@ def _changed(mover: Mover, moves: int) -> int:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _batches(session: Session, count: int) -> list[dict[str, Any]]:
-    """Random batches of the train set on the device that the run will use, as in the run itself."""
-    from accelerate import PartialState
-    from accelerate.utils import send_to_device
-
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
-    session.loaded.model.to(device)
-    training = session.settings.training
-    rows = session.prepared.splits["train"]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()
-    groups = [order[at : at + training.batch_size] for at in range(0, len(order), training.batch_size)][:count]
-    return [send_to_device(dict(session.prepared.collator([rows[i] for i in group])), device) for group in groups]

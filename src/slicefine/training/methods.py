@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..tasks.base import Loaded, Prepared, Task
 from ..tuner import linear_names
 from .settings import TrainSettings
 
-__all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts"]
+__all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts", "train_batches"]
 
 _ENERGY_BATCHES = 8  # with 64, 97% of the first nine blocks are the same (docs/results/accuracy.md)
 
@@ -48,6 +49,20 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared
             f"slice.target_modules={settings.slice.target_modules!r}: {error} The linear layers of this model are "
             f"called {', '.join(linear_names(loaded.model)[:20])}."
         ) from error
+
+
+def train_batches(loaded: Loaded, settings: TrainSettings, prepared: Prepared, count: int) -> Iterator[dict[str, Any]]:
+    """Random batches of the train set, on the device that the run will use; the model is put there, too."""
+    from accelerate import PartialState
+    from accelerate.utils import send_to_device
+
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    loaded.model.to(device)
+    rows, size = prepared.splits["train"], settings.training.batch_size
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.training.seed)).tolist()
+    for at in range(0, min(len(picked), count * size), size):
+        group = picked[at : at + size]
+        yield send_to_device(dict(prepared.collator([rows[i] for i in group])), device)
 
 
 def new_parameters(model: Any, loaded: Loaded) -> list[Any]:
@@ -105,19 +120,12 @@ def _positions(loaded: Loaded, settings: TrainSettings, prepared: Prepared) -> A
         return chosen.positions
     if chosen.mode not in ("column", "alternate"):
         return "sweep"  # rows see the whole input, and masks are drawn
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list, send_to_device
+    from accelerate.utils import broadcast_object_list
     from peft.utils.other import get_pattern_key
 
     from ..energy import energy_positions
 
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
-    loaded.model.to(device)
-    rows, size = prepared.splits["train"], settings.training.batch_size
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.training.seed)).tolist()
-    picked = picked[: _ENERGY_BATCHES * size]
-    groups = [picked[at : at + size] for at in range(0, len(picked), size)]
-    batches = (send_to_device(dict(prepared.collator([rows[i] for i in group])), device) for group in groups)
+    batches = train_batches(loaded, settings, prepared, _ENERGY_BATCHES)
     rank = chosen.r if chosen.r_column is None else chosen.r_column
     patterns = chosen.rank_pattern
     positions = energy_positions(
