@@ -11,7 +11,7 @@ from torch import nn
 
 from slicefine import functional
 from slicefine.bench import measure
-from slicefine.bench.methods import METHODS, SUITES, Method, methods_of
+from slicefine.bench.methods import METHODS, SUITES, Method, find_method, methods_of
 from slicefine.bench.settings import BenchSettings
 from slicefine.bench.shapes import SHAPES, find_shape, make_batch, make_model, step_loss
 from slicefine.bench.through_trainer import TrainerWorkload
@@ -58,6 +58,78 @@ def test_every_method_is_correct_and_steps(name, family):
     if before:
         assert any(not torch.equal(a, b) for a, b in zip(before, made.trained, strict=True))
         assert made.state_bytes() > 0
+
+
+@pytest.mark.parametrize("mode", ["row", "column", "alternate"])
+def test_slices_of_any_rank_after_any_moves(mode):
+    name = f"{mode} r=7 after 3 moves"
+    base = make_model(TINY["roberta"])
+    batch = make_batch(TINY["roberta"], CPU, torch.float32)
+    made = Workload(name, find_method(name), base, "roberta", batch)
+    made.check(*measure._expectations(base, batch))
+    (mover,) = movers_of(made.model)
+    assert mover.visits == 4
+    block = next(iter(mover.slices().values()))
+    place = {"row": ("row", 21), "column": ("column", 21), "alternate": ("column", 7)}[mode]
+    assert (block.axis, block.start, block.width) == (*place, 7)
+    with pytest.raises(ConfigError, match=r"'row r=0' is unknown"):
+        find_method("row r=0")
+
+
+def test_windows_stand_where_their_names_say():
+    def blocks(name):
+        base, batch = make_model(shape), make_batch(shape, CPU, torch.float32)
+        made = Workload(name, find_method(name), base, "roberta", batch)
+        (mover,) = movers_of(made.model)
+        return sorted({int(layer.split(".")[-4 if "attention" in layer else -3]) for layer in mover.slices()})
+
+    shape = find_shape("roberta", layers=6, width=64, batch=1, length=8)
+    assert [blocks(f"window 1/2{low}") for low in ("", " low")] == [[3, 4, 5], [0, 1, 2]]
+    assert [blocks(f"window 1/3{place}") for place in ("", " middle", " low")] == [[4, 5], [2, 3], [0, 1]]
+
+
+def test_what_a_method_adds_to_a_model():
+    sizes = {name: workload(name, TINY["roberta"])[0].added_bytes() for name in METHODS if "lora-fa" not in name}
+    in_place = [n for n in METHODS if n.startswith(("row", "column", "alternate", "window", "random", "floor"))]
+    assert all(sizes[name] == 0 for name in (*in_place, "bitfit", "full"))
+    entries = workload("lora r=8", TINY["roberta"])[0].trainable()
+    assert sizes["lora r=8"] == 4 * entries
+    assert sizes["vera"] > 4 * workload("vera", TINY["roberta"])[0].trainable()  # its frozen projections count
+
+
+def test_a_method_without_memory_is_named_and_the_others_are_measured(monkeypatch):
+    def hungry(model, family):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+
+    monkeypatch.setitem(METHODS, "full", Method(hungry))
+    settings = BenchSettings(models="llama", methods="full,column r=5", rounds=2, layers=1, width=64, length=8, batch=1)
+    result = measure.measure_shape(settings, settings.shapes()[0])
+    assert [row.method for row in result.rows] == ["floor", "floor again", "column r=5"]
+    assert result.skipped == {"full": "out of memory (CUDA out of memory. Tried to allocate)"}
+    monkeypatch.setitem(METHODS, "floor", Method(hungry))
+    with pytest.raises(BenchError, match=r"llama: no memory for the floor itself; give a smaller batch"):
+        measure.measure_shape(settings, settings.shapes()[0])
+
+
+def test_figure_4_prints_its_panels(capsys):
+    words = "bench --suite figure4 --models vit-b16 --rounds 2 --layers 1 --width 64 --batch 8 --memory true"
+    assert main([*words.split(), "--methods", "row r=5,lora r=8"]) == 0
+    printed = capsys.readouterr().out
+    assert "10 epochs of 1,000 rows are 1250 steps" in printed
+    assert "bfloat16" in printed
+    assert "added MiB" in printed
+
+
+def test_models_and_precision_follow_the_suite():
+    default, figure4 = BenchSettings(), BenchSettings(suite="figure4")
+    assert ([s.name for s in default.shapes()], default.dtype) == (["roberta", "llama"], "float32")
+    assert [(s.name, s.batch) for s in figure4.shapes()] == [
+        ("roberta-base", 64),
+        ("vit-b16", 64),
+        ("videomae-base", 64),
+    ]
+    assert figure4.dtype == "bfloat16"
+    assert BenchSettings(suite="figure4", dtype="float32", models="vit-b16").dtype == "float32"
 
 
 @pytest.mark.parametrize("family", ["vit", "videomae"])
@@ -180,13 +252,14 @@ def test_rounds_are_interleaved_and_ratios_paired(monkeypatch):
     monkeypatch.setattr(Workload, "step", step)
     settings = BenchSettings(models=["roberta"], methods=["full"], rounds=3, warmup=1, layers=1, width=64, length=8)
     result = measure.measure_shape(settings, settings.shapes()[0])
-    assert order == ["floor", "floor again", "full"] * 4
+    # one step of each when it is built, one round that warms up, three that count
+    assert order == ["floor", "floor again", "full"] * 5
     rows = {row.method: row for row in result.rows}
     assert rows["floor"].ratio == 1.0
-    assert rows["floor again"].ratio == pytest.approx(8 / 7)
-    assert rows["full"].ratio == pytest.approx(3 * 9 / 7)
-    assert rows["full"].per_second == pytest.approx(16 * 8 / 27)
-    assert result.noise == pytest.approx(1 / 7)
+    assert rows["floor again"].ratio == pytest.approx(11 / 10)
+    assert rows["full"].ratio == pytest.approx(3 * 12 / 10)
+    assert rows["full"].per_second == pytest.approx(16 * 8 / 36)
+    assert result.noise == pytest.approx(1 / 10)
 
 
 def test_more_methods_than_fit_together_are_measured_in_groups(monkeypatch):
@@ -197,7 +270,7 @@ def test_more_methods_than_fit_together_are_measured_in_groups(monkeypatch):
         batch=1, together=2,
     )  # fmt: skip
     result = measure.measure_shape(settings, settings.shapes()[0])
-    assert order == ["floor", "floor again", "full"] * 2 + ["floor", "floor again", "lora r=8"] * 2
+    assert order == ["floor", "floor again", "full"] * 3 + ["floor", "floor again", "lora r=8"] * 3
     assert [row.method for row in result.rows] == ["floor", "floor again", "full", "lora r=8"]
     assert list(result.skipped) == ["bitfit"]
 
@@ -235,7 +308,7 @@ def test_the_command_writes_its_files(tmp_path, capsys):
     [
         (["--models", "gpt9"], "'gpt9' is unknown; expected one of roberta, llama"),
         (["--models", "[gpt9]"], "'gpt9' is unknown; expected one of roberta, llama"),
-        (["--methods", "[lora]"], "bench.methods: 'lora' is unknown; expected some of floor"),
+        (["--methods", "[lora]"], "bench.methods: 'lora' is unknown; expected slices of any rank"),
         (["--suite", "all"], "bench.suite='all' is unknown; expected one of core"),
         (["--rounds", "1"], "bench.rounds=1 must be at least 2"),
         (["--width", "100"], "bench.width=100 must be a multiple of 64"),

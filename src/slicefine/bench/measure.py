@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .methods import FLOOR, METHODS
+from .methods import FLOOR, find_method
 from .settings import BenchSettings
 from .shapes import Shape, make_batch, make_model, step_loss
-from .workload import Workload
+from .workload import BenchError, Workload
 
 __all__ = ["Row", "ShapeResult", "iterate", "measure_shape"]
 
@@ -34,6 +34,8 @@ class Row:
         peak: peak memory of a step beyond what is there before it (weights, optimizer state): on a GPU the
             allocator's, on a CPU the resident set's of a process of its own; None if not measured.
         state: bytes of optimizer state.
+        weights: bytes of the base's weights.
+        added: bytes that the method adds to them while it is not merged.
         trainable: entries in training at a time.
         file: bytes of the file that a user keeps, before the first move.
         extras: seconds of a move, of saving, loading and switching, where the method has them.
@@ -52,6 +54,8 @@ class Row:
     state: int
     trainable: int
     file: int
+    weights: int
+    added: int
     peak: int | None = None
     extras: dict[str, float] = field(default_factory=dict)
 
@@ -75,7 +79,9 @@ class ShapeResult:
 
 
 def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str], None] = lambda _: None) -> ShapeResult:
-    """Measure all methods on one shape, ``settings.together`` of them at a time beside the floor.
+    """Measure all methods on one shape, some of them at a time (``settings.together``) beside the floor.
+
+    A method that a model lacks the layers for, or that the device has no memory for, is named with the reason.
 
     Args:
         settings: what to measure.
@@ -93,23 +99,32 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
     skipped: dict[str, str] = {}
     noise = 0.0
     expected, gradients = _expectations(base, batch)
-    for at in range(0, max(1, len(names)), settings.together):
-        group = [FLOOR, "floor again", *names[at : at + settings.together]]
+    together = settings.together or _fitting(base, device)
+    for at in range(0, max(1, len(names)), together):
+        group = [FLOOR, "floor again", *names[at : at + together]]
         report(f"{shape.name}: building and checking {', '.join(group[2:])}")
-        workloads = {}
+        workloads, files = {}, {}
         for name in group:
             try:
                 workloads[name] = _workload(settings, name, base, shape, batch)
+                workloads[name].check(expected, gradients)
+                files[name] = workloads[name].file_bytes()  # before a move makes it grow
+                workloads[name].step()
             except UnsupportedError as error:
                 skipped[name] = str(error)
-                continue
-            workloads[name].check(expected, gradients)
-        measured = _measure_group(settings, shape, workloads, report)
+            except torch.OutOfMemoryError as error:
+                workloads.pop(name, None)
+                skipped[name] = f"out of memory ({str(error).splitlines()[0]})"
+        if len(workloads.keys() & {FLOOR, "floor again"}) < 2:
+            raise BenchError(f"{shape.name}: no memory for the floor itself; give a smaller batch, length or layers.")
+        measured = _measure_group(settings, shape, workloads, files, report)
         noise = max(noise, abs(measured["floor again"].ratio - 1))
         for name, row in measured.items():
             rows.setdefault(name, row)
         del workloads
         gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if settings.memory and device.type == "cpu":
         for name, row in rows.items():
             report(f"{shape.name}: peak memory of {name}")
@@ -117,11 +132,22 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
     return ShapeResult(shape, list(rows.values()), skipped, noise)
 
 
+def _fitting(base: nn.Module, device: torch.device) -> int:
+    """How many copies of a model there is room for beside the floors, where one may be fine-tuned in full: 1 to 8."""
+    try:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory("MemAvailable", "/proc/meminfo")
+    except UnsupportedError:  # no Linux: nothing tells
+        return 8
+    size = sum(p.numel() * p.element_size() for p in base.parameters())
+    # two floors, the dense gradients of the checks, gradients and two moments of a full method; half for activations
+    return max(1, min(8, int(free / 2 / size) - 6))
+
+
 def _workload(settings: BenchSettings, name: str, base: nn.Module, shape: Shape, batch: dict[str, Tensor]) -> Workload:
     kind = Workload
     if settings.loop == "trainer":
         from .through_trainer import TrainerWorkload as kind  # noqa: N813
-    return kind(name, METHODS[name], base, shape.family, batch, settings.checkpointing, settings.compiled)
+    return kind(name, find_method(name), base, shape.family, batch, settings.checkpointing, settings.compiled)
 
 
 def _expectations(base: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,9 +167,12 @@ def _expectations(base: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, di
 
 
 def _measure_group(
-    settings: BenchSettings, shape: Shape, workloads: dict[str, Workload], report: Callable[[str], None]
+    settings: BenchSettings,
+    shape: Shape,
+    workloads: dict[str, Workload],
+    files: dict[str, int],
+    report: Callable[[str], None],
 ) -> dict[str, Row]:
-    files = {name: workload.file_bytes() for name, workload in workloads.items()}  # before a move makes them grow
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in workloads}
     for number in range(settings.warmup + settings.rounds):
         report(f"{shape.name}: round {number + 1} of {settings.warmup + settings.rounds}")
@@ -167,8 +196,8 @@ def _row(
     peak = workload.peak_step() if workload.device.type == "cuda" else None
     return Row(
         workload.name, middle, low, high, step, forward, backward, optimizer, shape.items[0] / step,
-        workload.saved_bytes(), workload.state_bytes(), workload.trainable(), file, peak,
-        workload.extras(),
+        workload.saved_bytes(), workload.state_bytes(), workload.trainable(), file, workload.base_bytes,
+        workload.added_bytes(), peak, workload.extras(),
     )  # fmt: skip
 
 
@@ -189,19 +218,23 @@ def _peak(settings: BenchSettings, shape: Shape, name: str) -> int:
     gc.collect()
     workload.step()  # gradients' and optimizer's buffers are there from now on
     gc.collect()
-    before = _memory("VmRSS")
+    before = _memory("VmRSS", _STATUS)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
     for _ in range(3):
         workload.step()
-    return max(0, _memory("VmHWM") - before)
+    return max(0, _memory("VmHWM", _STATUS) - before)
 
 
-def _memory(name: str) -> int:
-    """An entry of the process's memory status in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+_STATUS = "/proc/self/status"
+
+
+def _memory(name: str, source: str) -> int:
+    """An entry of a list of memory sizes in bytes (Linux)."""
+    path = Path(source)
+    for line in path.read_text(encoding="ascii").splitlines() if path.exists() else ():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise UnsupportedError(f"bench.memory: this system does not tell a process's {name}; leave memory out.")
+    raise UnsupportedError(f"bench: this system does not tell {name}; leave memory out.")
 
 
 def iterate(settings: BenchSettings, report: Callable[[str], None]) -> Iterator[ShapeResult]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, UnsupportedError
+from ..mover import movers_of
 
-__all__ = ["FLOOR", "METHODS", "SUITES", "Method", "make_optimizer", "methods_of"]
+__all__ = ["FLOOR", "METHODS", "SUITES", "Method", "find_method", "make_optimizer", "methods_of"]
 
 FLOOR = "floor"
 _NORMS = {
@@ -52,7 +54,7 @@ def make_optimizer(method: Method, model: Any, rate: float = 1e-5) -> torch.opti
     return torch.optim.AdamW(trained, lr=rate, fused=True)
 
 
-def _sliced(mode: str, r: int, **settings: Any) -> Method:
+def _sliced(mode: str, r: int, moves_made: int = 0, **settings: Any) -> Method:
     def build(model: Any, family: str) -> Any:
         from peft import get_peft_model
 
@@ -60,7 +62,10 @@ def _sliced(mode: str, r: int, **settings: Any) -> Method:
 
         # timed steps must not move by themselves: a move is timed on its own
         config = SliceFineConfig(r=r, mode=mode, interval=10**9, target_modules="all-linear", **settings)
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
+        for _ in range(moves_made):
+            movers_of(wrapped)[0].move()
+        return wrapped
 
     return Method(build, slices=True, to_inputs="window" not in settings)
 
@@ -138,9 +143,12 @@ METHODS: dict[str, Method] = {
     "floor again": Method(_frozen),
     **{f"{mode} r={r}": _sliced(mode, r) for mode in ("row", "column", "alternate") for r in (1, 5, 12, 32)},
     "random mask": _sliced("random_mask", 5),
-    "window 1/2": _sliced("column", 5, window=0.5, window_order="fixed"),
-    "window 1/3": _sliced("column", 5, window=1 / 3, window_order="fixed"),
-    "window 1/2 low": _sliced("column", 5, window=0.5, window_order="bottom-up"),
+    # a window costs less the higher it lies; one that moves costs the mean of its places
+    "window 1/2": _sliced("column", 5, window=0.5),
+    "window 1/2 low": _sliced("column", 5, moves_made=1, window=0.5),
+    "window 1/3": _sliced("column", 5, window=1 / 3),
+    "window 1/3 middle": _sliced("column", 5, moves_made=1, window=1 / 3),
+    "window 1/3 low": _sliced("column", 5, moves_made=2, window=1 / 3),
     "listing 1 row r=5": _listing1("row", 5),
     "listing 1 column r=5": _listing1("column", 5),
     "lora r=8": _peft(_config("LoraConfig", r=8)),
@@ -164,10 +172,36 @@ _CORE = ("row r=5", "column r=5", "alternate r=5", "lora r=8", "listing 1 row r=
 SUITES: dict[str, tuple[str, ...]] = {
     "core": _CORE,
     "ranks": tuple(f"{mode} r={r}" for mode in ("row", "column", "alternate") for r in (1, 5, 12, 32)),
-    "windows": ("column r=5", "window 1/2", "window 1/2 low", "window 1/3"),
+    "windows": ("column r=5", "window 1/2", "window 1/2 low", "window 1/3", "window 1/3 middle", "window 1/3 low"),
+    # the paper's Figure 4 (bf16, batch 64): its own method at the two ranks, and the rivals that it names
+    "figure4": ("row r=1", "column r=1", "row r=5", "column r=5", "lora r=8", "adalora", "hra", "ln tuning", "full"),
     "peft": (*_CORE[:3], *(n for n in METHODS if METHODS[n].build not in (_frozen, _full) and not METHODS[n].slices)),
     "full": tuple(name for name in METHODS if not name.startswith(FLOOR)),
 }
+
+
+_SLICES = re.compile(r"(row|column|alternate) r=([1-9]\d*)(?: after (\d+) moves)?")
+
+
+def find_method(name: str) -> Method:
+    """A method by its name: one of `METHODS`, or slices of any rank, with moves made before the first timed step.
+
+    Raises:
+        ConfigError: for an unknown name.
+
+    Example:
+        >>> find_method("row r=7 after 100 moves").slices
+        True
+    """
+    if name in METHODS:
+        return METHODS[name]
+    match = _SLICES.fullmatch(name)
+    if match is None:
+        raise ConfigError(
+            f"bench.methods: {name!r} is unknown; expected slices of any rank ('row r=7', 'alternate r=3', 'column r=5 "
+            f"after 100 moves') or some of {', '.join(METHODS)}."
+        )
+    return _sliced(match[1], int(match[2]), int(match[3] or 0))
 
 
 def methods_of(suite: str, names: list[str] | None) -> list[str]:
@@ -179,7 +213,6 @@ def methods_of(suite: str, names: list[str] | None) -> list[str]:
     if suite not in SUITES:
         raise ConfigError(f"bench.suite={suite!r} is unknown; expected one of {', '.join(SUITES)}.")
     chosen = list(SUITES[suite]) if names is None else names
-    unknown = [name for name in chosen if name not in METHODS]
-    if unknown:
-        raise ConfigError(f"bench.methods: {unknown[0]!r} is unknown; expected some of {', '.join(METHODS)}.")
+    for name in chosen:
+        find_method(name)
     return [FLOOR, "floor again", *(name for name in dict.fromkeys(chosen) if not name.startswith(FLOOR))]

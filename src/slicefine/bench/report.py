@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -50,9 +51,29 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
         extras.add_row(row.method, *cells)
     if extras.row_count:
         console.print(extras)
+    if settings.suite == "figure4":
+        console.print(_figure4(result))
     for name, reason in result.skipped.items():
         console.print(f"{name}: not measured. {reason}")
     console.print(f"the floor differs from itself by {result.noise:.1%}: smaller differences mean nothing")
+
+
+_FIGURE4_ROWS = 1000  # training images of a task of VTAB-1k, the paper's data for this figure
+_FIGURE4_EPOCHS = 10
+
+
+def _figure4(result: ShapeResult) -> Table:
+    """The four panels of the paper's Figure 4: total time, throughput, peak memory and model size."""
+    steps = _FIGURE4_EPOCHS * math.ceil(_FIGURE4_ROWS / result.shape.batch)
+    title = f"Figure 4's panels: {_FIGURE4_EPOCHS} epochs of {_FIGURE4_ROWS:,} rows are {steps} steps"
+    table = Table("method", title=title)
+    for column in ("total s", "steps/s", "peak MiB", "weights MiB", "added MiB", "file"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result.rows:
+        peak = "" if row.peak is None else f"{row.peak / 2**20:,.0f}"
+        cells = [f"{steps * row.step:,.1f}", f"{1 / row.step:.3g}", peak, f"{row.weights / 2**20:,.1f}"]
+        table.add_row(row.method, *cells, f"{row.added / 2**20:,.2f}", _size(row.file))
+    return table
 
 
 def environment(settings: BenchSettings) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +13,7 @@ from .shapes import Shape, find_shape
 __all__ = ["BenchSettings"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FIGURE4 = ["roberta-base", "vit-b16", "videomae-base"]
 
 
 @dataclass
@@ -21,8 +22,10 @@ class BenchSettings:
 
     Args:
         models: shapes: roberta, llama (6 layers of width 768), roberta-base, roberta-large, llama-160m, llama-1b,
-            llama-3b, vit-b16, videomae-base.
-        suite: core, ranks, windows, peft, or full (everything).
+            llama-3b, vit-b16, videomae-base. null takes roberta and llama; on a GPU llama-3b and the three of the
+            figure4 suite; for that suite roberta-base, vit-b16 and videomae-base.
+        suite: core, ranks, windows, peft, figure4 (the paper's Figure 4: with a table of total time, throughput,
+            memory and model size), or full (everything).
         methods: names of single methods, instead of a suite; a list, or one text with commas, as for models.
         rounds: timed rounds; every method makes one step per round.
         warmup: rounds before them that are not timed.
@@ -32,18 +35,19 @@ class BenchSettings:
         length: tokens per row; null is the shape's.
         lm_head: add the language-model head and its loss; logits hide the activations of the layers.
         device: cpu or cuda.
-        dtype: float32, bfloat16 or float16.
+        dtype: float32, bfloat16 or float16; null takes bfloat16 on a GPU and for figure4, else float32.
         checkpointing: recompute activations in the backward pass.
         compiled: run every model through torch.compile.
         loop: bare, or trainer: through transformers' Trainer, whose own work per step then counts as well.
         threads: CPU threads; null leaves them.
-        together: methods that are held in memory and interleaved at a time, beside the floor.
+        together: methods that are held in memory and interleaved at a time, beside the floor; null takes eight, or as
+            many as there is memory for.
         memory: measure peak memory as well, on a CPU each method in a process of its own.
         output: folder for bench.json and bench.png; null writes none.
         seed: of weights and inputs.
     """
 
-    models: list[str] | str = field(default_factory=lambda: ["roberta", "llama"])
+    models: list[str] | str | None = None
     suite: str = "core"
     methods: list[str] | str | None = None
     rounds: int = 10
@@ -54,21 +58,27 @@ class BenchSettings:
     length: int | None = None
     lm_head: bool = False
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str | None = None
     checkpointing: bool = False
     compiled: bool = False
     loop: str = "bare"
     threads: int | None = None
-    together: int = 8
+    together: int | None = None
     memory: bool = False
     output: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("rounds", 2), ("warmup", 0), ("together", 1)):
+        gpu = self.device == "cuda"
+        if self.models is None:
+            own = _FIGURE4 if self.suite == "figure4" else ["roberta", "llama"]
+            self.models = ["llama-3b", *_FIGURE4] if gpu and self.suite != "figure4" else own
+        if self.dtype is None:
+            self.dtype = "bfloat16" if gpu or self.suite == "figure4" else "float32"
+        for name, low in (("rounds", 2), ("warmup", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"bench.{name}={getattr(self, name)} must be at least {low}.")
-        for name in ("layers", "width", "batch", "length", "threads"):
+        for name in ("layers", "width", "batch", "length", "threads", "together"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"bench.{name}={value} must be at least 1.")
@@ -88,7 +98,7 @@ class BenchSettings:
     def shapes(self) -> list[Shape]:
         """The shapes with the sizes that were asked for."""
         sizes = {name: getattr(self, name) for name in ("layers", "width", "batch", "length")}
-        return [find_shape(name, **sizes, lm_head=self.lm_head) for name in _names(self.models)]
+        return [find_shape(name, **sizes, lm_head=self.lm_head) for name in _names(self.models or [])]
 
     def method_names(self) -> list[str]:
         """The floor twice, then the methods in order."""
@@ -97,7 +107,7 @@ class BenchSettings:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The precision of the models."""
-        return _DTYPES[self.dtype]
+        return _DTYPES[str(self.dtype)]
 
 
 def _names(given: list[str] | str) -> list[str]:

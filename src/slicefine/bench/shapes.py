@@ -60,7 +60,7 @@ SHAPES = {
         Shape("llama-1b", "llama", 16, 2048, 8192, 32, 8, 128256, 4, 512),
         Shape("llama-3b", "llama", 28, 3072, 8192, 24, 8, 128256, 4, 768),
         Shape("vit-b16", "vit", batch=64),
-        Shape("videomae-base", "videomae", batch=8),
+        Shape("videomae-base", "videomae", batch=64),
     )
 }
 

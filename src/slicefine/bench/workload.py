@@ -50,7 +50,7 @@ def enable_checkpointing(model: Any) -> None:
 
 def kept_bytes(model: Any, forward: Callable[[], Any]) -> int:
     """Bytes of distinct storages that ``forward`` keeps for backward, the model's weights and buffers not counted."""
-    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    weights = {t.untyped_storage().data_ptr() for t in _weights(model)}
     found: dict[int, int] = {}
     keep = []
 
@@ -99,6 +99,10 @@ def timed_step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer |
     return middle - begin, end - middle, now() - end
 
 
+def _weights(model: Any) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 class Workload:
     """A method, ready to be timed.
 
@@ -122,6 +126,7 @@ class Workload:
         compiled: bool = False,
     ) -> None:
         self.name, self.method, self.batch = name, method, batch
+        self.base_bytes = sum(t.numel() * t.element_size() for t in _weights(base))
         self.model: Any = method.build(copy.deepcopy(base), family).train()
         if checkpointing:
             enable_checkpointing(self.model)
@@ -139,7 +144,8 @@ class Workload:
     def step(self) -> tuple[float, float, float]:
         """Seconds of forward, backward, and the optimizer with everything that hangs on it."""
         if self.turns:
-            movers_of(self.model)[0].move()  # its own time is measured apart
+            movers_of(self.model)[0].move()  # its own time is measured apart,
+            timed_step(lambda: step_loss(self.forward, self.batch), self.optimizer)  # and a position has many steps
         return timed_step(lambda: step_loss(self.forward, self.batch), self.optimizer)
 
     def peak_step(self) -> int:
@@ -165,6 +171,12 @@ class Workload:
             movers_of(self.model)[0].move()
             kept = max(kept, kept_bytes(self.model, lambda: step_loss(self.forward, self.batch)))
         return kept
+
+    def added_bytes(self) -> int:
+        """Bytes of weights and buffers that the model has beyond the base's, unmerged; slices lie in the base's own."""
+        if self.method.slices:
+            return 0
+        return sum(t.numel() * t.element_size() for t in _weights(self.model)) - self.base_bytes
 
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state after a step."""
