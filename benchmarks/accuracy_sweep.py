@@ -9,8 +9,8 @@ interrupted sweep goes on where it stopped. Several worker processes share one d
 
 A plan line: {"task": "sst2", "method": "slicefine", "lr": 0.003, "seed": 0, "slice": {"r": 5, "mode": "row"}}
 Methods: slicefine, lora (PEFT), full, head. Optional keys: head_lr, column_rate (learning-rate factor of column
-slices in alternate mode), weight_decay, epochs, rows, batch, max_length, order ("input" | "gradient" | "weight":
-positions by score).
+slices in alternate mode), weight_decay, dropout, epochs, rows, batch, max_length, order ("input" | "gradient" |
+"weight": positions by score).
 """
 
 from __future__ import annotations
@@ -251,8 +251,6 @@ def worker(number: int, args: argparse.Namespace, plan: list[dict[str, Any]], qu
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pristine = BertForSequenceClassification.from_pretrained(args.model, num_labels=2).state_dict()
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertForSequenceClassification.config_class.from_pretrained(args.model, num_labels=2, **dropout)
     cache: dict[Any, Any] = {}
     while True:
         index = queue.get()
@@ -267,6 +265,8 @@ def worker(number: int, args: argparse.Namespace, plan: list[dict[str, Any]], qu
                 load_split(folder / "train.parquet", columns, tokenizer, key[1], key[2]),
                 load_split(folder / "validation.parquet", columns, tokenizer, None, key[2]),
             )
+        rates = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), run.get("dropout", 0.0))
+        config = BertForSequenceClassification.config_class.from_pretrained(args.model, num_labels=2, **rates)
         base = BertForSequenceClassification(config)
         base.load_state_dict(pristine)
         try:
