@@ -46,16 +46,20 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
     """
     if settings.config is not None:
         return _from_config(auto, settings, config)
+    from transformers import AutoConfig
+
     assert settings.path is not None
     path = resolve_path(settings.path)
+    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
+        known = AutoConfig.from_pretrained(path, **source)
         model, info = auto.from_pretrained(
             path,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
             dtype=settings.dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **source,
+            **_dropout_fields(known, settings),
             **config,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -115,10 +119,19 @@ def _from_config(auto: Any, settings: ModelSettings, fields: dict[str, Any]) -> 
     given = {key: value for key, value in (settings.config or {}).items() if key != "model_type"}
     try:
         config = AutoConfig.for_model((settings.config or {})["model_type"], **given, **fields)
+        config.update({k: v for k, v in _dropout_fields(config, settings).items() if k not in given})
         model = auto.from_config(config, trust_remote_code=settings.trust_remote_code)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.config does not describe a model for {auto.__name__}: {error}") from error
     return Loaded(model, None, _new_modules(model, []))  # trained whole in any case
+
+
+def _dropout_fields(config: Any, settings: ModelSettings) -> dict[str, float]:
+    """The fields of a configuration that are rates of dropout (not of whole layers), set to what was asked for."""
+    if settings.dropout is None:
+        return {}
+    numbers = (name for name, value in config.to_dict().items() if type(value) in (float, int))
+    return {name: settings.dropout for name in numbers if "dropout" in name or name.endswith("_pdrop")}
 
 
 def _new_modules(model: Any, missing: Iterable[str]) -> list[str]:
