@@ -29,18 +29,24 @@ from slicefine.bench.workload import gradients_to_inputs, now, timed_step
 from slicefine.mover import movers_of
 
 MODES = ("row", "column", "alternate")
-SWEEPS = ("width", "depth", "rank", "moves")
+SWEEPS = {
+    "width": (256, 512, 1024, 2048, 4096),
+    "depth": (2, 4, 8, 16, 32),
+    "rank": (1, 4, 16, 64, 128),
+    "moves": (0, 1, 10, 100),
+}
 Point = tuple[str, int]  # the line of the plot, and the value on its x axis
 
 
-def groups(sweep: str) -> Iterator[tuple[dict[str, int], dict[str, Point]]]:
-    """Sizes of a model, and the methods to measure on it."""
+def groups(sweep: str, most: int | None = None) -> Iterator[tuple[dict[str, int], dict[str, Point]]]:
+    """Sizes of a model, and the methods to measure on it; of the sweep's values, at most so many."""
+    values = SWEEPS[sweep][:most]
     if sweep == "rank":
-        yield {}, {f"{mode} r={r}": (mode, r) for r in (1, 4, 16, 64, 128) for mode in MODES}
+        yield {}, {f"{mode} r={r}": (mode, r) for r in values for mode in MODES}
     elif sweep == "moves":
-        yield {}, {f"{mode} r=5 after {n} moves": (mode, n) for n in (0, 1, 10, 100) for mode in MODES}
+        yield {}, {f"{mode} r=5 after {n} moves": (mode, n) for n in values for mode in MODES}
     else:
-        for value in (256, 512, 1024, 2048, 4096) if sweep == "width" else (2, 4, 8, 16, 32):
+        for value in values:
             methods = {f"{mode} r=5": (mode, value) for mode in MODES} | {"lora r=8": ("lora r=8", value)}
             yield {"width" if sweep == "width" else "layers": value}, methods
 
@@ -48,7 +54,7 @@ def groups(sweep: str) -> Iterator[tuple[dict[str, int], dict[str, Point]]]:
 def measure(args: argparse.Namespace, sweep: str) -> list[dict[str, Any]]:
     """The points of a sweep."""
     points = []
-    for sizes, methods in list(groups(sweep))[: 1 if args.smoke else None]:
+    for sizes, methods in groups(sweep, 1 if args.smoke else None):
         sizes = {"layers": 2, "batch": 1, "length": 256} | sizes
         if args.smoke:
             sizes |= {"layers": 1, "length": 16, "width": min(sizes.get("width", 64), 128)}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slicefine.geometry import Slice, entry_indices
 
@@ -41,6 +43,30 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tenso
     optimizer.zero_grad()
     (model(x) - y).square().mean().backward()
     optimizer.step()
+
+
+class Allocations(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that an operation returns on a storage of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {a.untyped_storage()._cdata for a in _tensors(args)}
+        result = func(*args, **(kwargs or {}))
+        for item in _tensors(result):
+            if item.untyped_storage()._cdata not in given:
+                self.largest = max(self.largest, item.numel())
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
 
 
 def slice_mask(block: Slice, shape: tuple[int, int]) -> Tensor:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from core_helpers import lines_of, slice_mask
+from core_helpers import Allocations, lines_of, slice_mask
 from slicefine.errors import ContentError
 from slicefine.functional import (
     guard_content,
@@ -239,31 +238,15 @@ def test_a_second_derivative_is_refused():
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-class Numels(TorchDispatchMode):
-    """Records the number of entries of every tensor that an operation returns on its own storage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
-        for item in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(item, Tensor) and item.untyped_storage()._cdata not in given:
-                self.largest = max(self.largest, item.numel())
-        return result
-
-
 def largest_temporary(block: Slice, out: int = 64, features: int = 48) -> int:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out, features, generator=generator)
     x = torch.randn(3, features, generator=generator).requires_grad_()
     parameter = read_block(weight, block).requires_grad_()
-    with Numels() as numels:
+    with Allocations() as allocations:
         slice_linear(x, weight, None, parameter, block).square().sum().backward()
     assert parameter.grad is not None
-    return numels.largest
+    return allocations.largest
 
 
 def test_rows_and_columns_allocate_nothing_of_the_weights_size():

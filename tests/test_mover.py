@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from torch.testing import assert_close
 
-from core_helpers import batches, lines_of, mlp, step
+from core_helpers import Allocations, batches, lines_of, mlp, step
 from slicefine import attach
 from slicefine.errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
 from slicefine.geometry import Slice
@@ -94,6 +94,25 @@ def test_a_resumed_run_goes_on_where_it_stopped():
     tuner.mover.begin_run(12, done=4)
     train(model, optimizer, 8)
     assert [v[1:] for v in visits(tuner)[0]] == [(1, 3), (4, 6), (7, 9), (10, 12)]
+
+
+@pytest.mark.parametrize("state_policy", ["reset", "rewarm", "keep"])
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("mode", ["row", "column", "alternate"])
+def test_a_run_allocates_nothing_of_the_weights_size(mode, window, state_policy):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 48, bias=False), nn.Tanh(), nn.Linear(48, 48))
+    tuner = attach(
+        model, mode=mode, r=2, interval=3, window=window, state_policy=state_policy, target_modules=["0", "2"]
+    )
+    optimizer = torch.optim.AdamW(tuner.parameters(), fused=True)
+    x = torch.randn(3, 48)
+    with Allocations() as allocations:
+        for _ in range(12):
+            step(model, optimizer, x, x)
+    assert tuner.mover.visits == 5
+    # outputs have 3 x 64 entries, slices 2 x 64 and a weight 48 x 64
+    assert 0 < allocations.largest <= 3 * 64
 
 
 def test_unknown_length_warns_once_and_uses_the_papers_interval():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from transformers import AutoModel
 
 from cli_helpers import WORDS, review, save_bert, save_images, save_llama, save_reviews, save_vit, write_rows
 from slicefine.errors import ConfigError, DataError
@@ -21,7 +22,7 @@ from slicefine.tasks import docstrings as corpus
 from slicefine.tasks.causal_lm import IGNORED
 from slicefine.tasks.metrics import accuracy, f1, matthews, pearson_spearman, rmse, spearman
 from slicefine.tasks.minilm import minilm_folder
-from slicefine.tasks.models import resolve_path
+from slicefine.tasks.models import load_model, resolve_path
 from slicefine.tasks.sources import load_splits
 
 
@@ -137,6 +138,27 @@ def test_a_local_model_path_must_exist():
 
 
 # -- labels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, {0.0}), (None, {0.0, 0.02}), (0.3, {0.3})])
+def test_the_models_dropout_is_set(bert: str, rate: float | None, expected: set[float]):
+    task = get_task(TaskSettings("text-classification"), ModelSettings(bert, dropout=rate), DataSettings())
+    task.read(splits_of([{"text": "the film", "label": 0}, {"text": "was bad", "label": 1}]))
+    assert {m.p for m in task.load().model.modules() if isinstance(m, torch.nn.Dropout)} == expected
+    assert ModelSettings().dropout == 0.0
+
+
+def test_dropout_is_set_in_a_new_model_unless_its_configuration_says_otherwise():
+    sizes = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for given, expected in (({}, 0.0), ({"hidden_dropout_prob": 0.4}, 0.4)):
+        made = load_model(AutoModel, ModelSettings(config=sizes | given)).model.config
+        assert (made.hidden_dropout_prob, made.attention_probs_dropout_prob) == (expected, 0.0)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
+def test_a_dropout_that_is_no_rate_is_refused(rate: float):
+    with pytest.raises(ConfigError, match=rf"model.dropout={rate} must lie in \[0, 1\)"):
+        ModelSettings(dropout=rate)
 
 
 def test_a_missing_column_names_split_setting_and_columns():

@@ -174,13 +174,17 @@ def _measure_group(
     report: Callable[[str], None],
 ) -> dict[str, Row]:
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in workloads}
-    for number in range(settings.warmup + settings.rounds):
-        report(f"{shape.name}: round {number + 1} of {settings.warmup + settings.rounds}")
-        for name, workload in workloads.items():
-            gc.collect()
-            measured = workload.step()
-            if number >= settings.warmup:
-                times[name].append(measured)
+    gc.freeze()  # what is built stays: collecting before each step then takes milliseconds
+    try:
+        for number in range(settings.warmup + settings.rounds):
+            report(f"{shape.name}: round {number + 1} of {settings.warmup + settings.rounds}")
+            for name, workload in workloads.items():
+                gc.collect()
+                measured = workload.step()
+                if number >= settings.warmup:
+                    times[name].append(measured)
+    finally:
+        gc.unfreeze()
     floor = [sum(t) for t in times[FLOOR]]
     return {name: _row(shape, workload, times[name], floor, files[name]) for name, workload in workloads.items()}
 

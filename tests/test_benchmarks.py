@@ -1,0 +1,24 @@
+"""The long experiments in `benchmarks/` start and end: each in a smoke version."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--out", str(tmp_path), "--smoke", "--rounds", "2"])
+    runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"), run_name="__main__")
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert {point["line"] for point in record["width"]} == {"row", "column", "alternate", "lora r=8"}
+    assert {point["line"] for point in record["moves"]} == {"row", "column", "alternate"}
+    for row in record["large move"]:
+        assert 0 < row["largest_allocation"] < row["largest_weight"]
+    assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
