@@ -38,7 +38,11 @@ def setting(run: dict[str, Any]) -> tuple[str, str]:
         if chosen.get("state_policy", "reset") != "reset":
             name += f", {chosen['state_policy']}"
             name += f" over {chosen['rewarm_steps']} steps" if "rewarm_steps" in chosen else ""
-    for key, words in (("weight_decay", "decay {:g}"), ("column_rate", "columns at {:g} x the rate")):
+    for key, words in (
+        ("dropout", "dropout {:g}"),
+        ("weight_decay", "decay {:g}"),
+        ("column_rate", "columns at {:g} x the rate"),
+    ):
         if run.get(key):
             name += ", " + words.format(run[key])
     # full fine-tuning always has a rate of its own for the head

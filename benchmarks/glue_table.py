@@ -24,20 +24,27 @@ from typing import Any
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 # optimizer steps and the longest text, so that the table fits two cores; the recipes themselves run longer
-CAPS = {"sst2": (200, 40), "mrpc": (240, 48), "cola": (640, 24), "rte": (200, 64)}
+CAPS = {"sst2": (200, 40), "mrpc": (240, 48), "cola": (640, 24), "rte": (120, 64)}
+DROPOUT = 0.0
 # flags, and learning rates with the likelier ones first
 METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "head": (["--method.name", "head"], (3e-3, 1e-2)),
     "SliceFine 1R": (["--slice.mode", "row", "--slice.r", "1"], (3e-3, 1e-2)),
-    "SliceFine 5R": (["--slice.mode", "row", "--slice.r", "5"], (2e-3, 4e-3, 1e-3)),
+    "SliceFine 5R": (["--slice.mode", "row", "--slice.r", "5"], (2e-3, 1e-3, 4e-3)),
     "SliceFine 5C": (["--slice.mode", "column", "--slice.r", "5"], (2e-3, 4e-3, 1e-3)),
-    "SliceFine 5RC": (["--slice.mode", "alternate", "--slice.r", "5"], (2e-3, 4e-3, 1e-3)),
+    "SliceFine 5RC": (["--slice.mode", "alternate", "--slice.r", "5"], (2e-3, 1e-3, 4e-3)),
     "SliceFine 12C": (["--slice.mode", "column", "--slice.r", "12"], (2e-3, 1e-3, 4e-3)),
     "LoRA r=8": (["--method.name", "lora", "--method.lora_r", "8"], (5e-4, 1e-3, 2e-3)),
     "full": (["--method.name", "full", "--training.head_learning_rate", "1e-3"], (1e-4, 2e-4)),
 }
 
 Job = tuple[str, str, float, int]  # task, method, learning rate, seed
+
+
+def conditions(task: str, smoke: bool) -> dict[str, Any]:
+    """What a finished run must share with the table that uses it again."""
+    steps, length = (4, 16) if smoke else CAPS[task]
+    return {"steps": steps, "max_length": length, "dropout": DROPOUT, "smoke": smoke}
 
 
 def run(job: Job, data: str, smoke: bool) -> dict[str, Any]:
@@ -48,13 +55,29 @@ def run(job: Job, data: str, smoke: bool) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     task, method, rate, seed = job
-    steps, length = (4, 16) if smoke else CAPS[task]
+    asked = conditions(task, smoke)
     with tempfile.TemporaryDirectory() as output:
         words = ["train", "--config", str(RECIPES / f"{task}.yaml"), "--data.path", str(Path(data, task))]
-        words += ["--output", output, "--overwrite", "--quiet", "--verify", "false", "--task.max_length", str(length)]
-        words += ["--training.max_steps", str(steps), "--training.seed", str(seed), "--training.evaluate", "no"]
+        words += [
+            "--output",
+            output,
+            "--overwrite",
+            "--quiet",
+            "--verify",
+            "false",
+            "--task.max_length",
+            str(asked["max_length"]),
+        ]
+        words += [
+            "--training.max_steps",
+            str(asked["steps"]),
+            "--training.seed",
+            str(seed),
+            "--training.evaluate",
+            "no",
+        ]
         words += ["--training.load_best", "false", "--training.evaluate_before", "false"]
-        words += ["--training.learning_rate", str(rate), *METHODS[method][0]]
+        words += ["--training.learning_rate", str(rate), "--model.dropout", str(DROPOUT), *METHODS[method][0]]
         if smoke:
             words += ["--data.limit_train", "64", "--data.limit_validation", "16", "--data.limit_test", "16"]
         status = main(words)
@@ -64,6 +87,7 @@ def run(job: Job, data: str, smoke: bool) -> dict[str, Any]:
     name = report["metric"]
     return {
         "job": list(job),
+        "conditions": conditions(task, smoke),
         "metric": name,
         "validation": report["after"]["validation"][name],
         "test": report["after"]["test"][name],
@@ -121,16 +145,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="four steps on a few rows, to try the script")
     args = parser.parse_args()
+    if args.rates is not None and args.rates < 1:
+        parser.error("--rates must be at least 1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results: dict[Job, Any] = {}
     if args.out.exists():
-        results = {tuple(r["job"]): r for r in json.loads(args.out.read_text())["runs"]}
+        kept = json.loads(args.out.read_text())["runs"]
+        results = {tuple(r["job"]): r for r in kept if r["conditions"] == conditions(r["job"][0], args.smoke)}
+        print(f"{len(results)} of {len(kept)} finished runs have the same conditions and count")
 
     def save() -> None:
         import slicefine
 
         record = {
             "command": "python benchmarks/glue_table.py --data DATA/glue --out benchmarks/results/glue_minilm.json",
+            "dropout": DROPOUT,
             "date": time.strftime("%Y-%m-%d"),
             "slicefine": slicefine.__version__,
             "processor": platform.processor() or platform.machine(),

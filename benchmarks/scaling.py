@@ -10,7 +10,10 @@ mode, with the largest tensor that the move and the optimizer's step allocate.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slicefine.bench.measure import measure_shape
 from slicefine.bench.methods import find_method, make_optimizer
@@ -35,6 +39,7 @@ SWEEPS = {
     "rank": (1, 4, 16, 64, 128),
     "moves": (0, 1, 10, 100),
 }
+SIZES = {"layers": 2, "batch": 1, "length": 256}  # of the Llama type, where the sweep does not vary them
 Point = tuple[str, int]  # the line of the plot, and the value on its x axis
 
 
@@ -44,7 +49,8 @@ def groups(sweep: str, most: int | None = None) -> Iterator[tuple[dict[str, int]
     if sweep == "rank":
         yield {}, {f"{mode} r={r}": (mode, r) for r in values for mode in MODES}
     elif sweep == "moves":
-        yield {}, {f"{mode} r=5 after {n} moves": (mode, n) for n in values for mode in MODES}
+        # not alternate: its timed steps move by themselves, to take both orientations in turn
+        yield {}, {f"{mode} r=5 after {n} moves": (mode, n) for n in values for mode in ("row", "column")}
     else:
         for value in values:
             methods = {f"{mode} r=5": (mode, value) for mode in MODES} | {"lora r=8": ("lora r=8", value)}
@@ -55,15 +61,21 @@ def measure(args: argparse.Namespace, sweep: str) -> list[dict[str, Any]]:
     """The points of a sweep."""
     points = []
     for sizes, methods in groups(sweep, 1 if args.smoke else None):
-        sizes = {"layers": 2, "batch": 1, "length": 256} | sizes
+        sizes = SIZES | sizes
         if args.smoke:
             sizes |= {"layers": 1, "length": 16, "width": min(sizes.get("width", 64), 128)}
         settings = BenchSettings(
-            models="llama", methods=list(methods), rounds=args.rounds, device=args.device, threads=args.threads, **sizes
+            models="llama",
+            methods=list(methods),
+            rounds=args.rounds,
+            device=args.device,
+            dtype="float32",
+            threads=args.threads,
+            **sizes,
         )
-        if args.threads:
-            torch.set_num_threads(args.threads)
         result = measure_shape(settings, settings.shapes()[0])
+        if result.skipped:
+            print(result.skipped)
         for row in result.rows[2:]:
             line, value = methods[row.method]
             points.append({"line": line, "value": value, "ratio": row.ratio, "low": row.low, "high": row.high})
@@ -79,16 +91,17 @@ class Allocations(TorchDispatchMode):
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+        given = {a.untyped_storage()._cdata for a in tree_leaves(args) if isinstance(a, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for item in result if isinstance(result, (tuple, list)) else [result]:
+        for item in tree_leaves(result):
             if isinstance(item, Tensor) and item.untyped_storage()._cdata not in given:
                 self.largest = max(self.largest, item.numel())
         return result
 
 
 def large_move(args: argparse.Namespace, mode: str) -> dict[str, Any]:
-    """Seconds of a step and of a move on a large shape, without the copies that a comparison would need."""
+    """Median seconds of a step and of a move on a large shape, without the copies that a comparison would need."""
+    gc.collect()  # the model before this one
     shape = find_shape("llama-3b", batch=1, length=32, **({"layers": 1, "width": 128} if args.smoke else {}))
     model = make_model(shape).to(args.device)
     weight = max(p.numel() for n, p in model.named_parameters() if n.endswith("proj.weight"))
@@ -100,7 +113,7 @@ def large_move(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     (mover,) = movers_of(model)
     batch = make_batch(shape, torch.device(args.device), torch.float32)
     steps, moves = [], []
-    for _ in range(4):
+    for _ in range(6):
         steps.append(sum(timed_step(lambda: step_loss(model, batch), optimizer)))
         begin = now()
         mover.move()
@@ -109,7 +122,7 @@ def large_move(args: argparse.Namespace, mode: str) -> dict[str, Any]:
     with Allocations() as seen:
         optimizer.step()
         mover.move()
-    row = {"mode": mode, "step_seconds": min(steps[1:]), "move_seconds": max(moves[1:])}
+    row = {"mode": mode, "step_seconds": statistics.median(steps[1:]), "move_seconds": statistics.median(moves[1:])}
     print(row | {"largest_allocation": seen.largest, "largest_weight": weight})
     return row | {"largest_allocation": seen.largest, "largest_weight": weight}
 
@@ -144,14 +157,29 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--smoke", action="store_true", help="tiny models, to try the script")
     args = parser.parse_args()
-    results: dict[str, Any] = {sweep: measure(args, sweep) for sweep in SWEEPS}
-    results["large move"] = [large_move(args, mode) for mode in MODES]
-    settings = BenchSettings(device=args.device)
-    record = {"command": "python benchmarks/scaling.py", "date": time.strftime("%Y-%m-%d")}
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record | {"environment": environment(settings), "rounds": args.rounds, **results}, indent=1)
-    (args.out / "scaling.json").write_text(text + "\n", encoding="utf-8")
-    draw(args.out / "scaling.png", results)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = {
+        "command": f"python benchmarks/scaling.py {' '.join(sys.argv[1:])}",
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": environment(BenchSettings(device=args.device)),
+        "dtype": "float32",
+        "rounds": args.rounds,
+        "sizes": SIZES,
+    }
+
+    def save() -> None:
+        (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    for sweep in SWEEPS:
+        record[sweep] = measure(args, sweep)
+        save()
+    draw(args.out / "scaling.png", record)
+    record["large move"] = []
+    for mode in MODES:
+        record["large move"].append(large_move(args, mode))
+        save()
 
 
 if __name__ == "__main__":

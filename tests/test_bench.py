@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -76,24 +77,32 @@ def test_slices_of_any_rank_after_any_moves(mode):
         find_method("row r=0")
 
 
-def test_windows_stand_where_their_names_say():
+@pytest.mark.parametrize(
+    ("layers", "halves", "thirds"),
+    [
+        (6, [[3, 4, 5], [0, 1, 2]], [[4, 5], [2, 3], [0, 1]]),
+        (4, [[2, 3], [0, 1]], [[3], [1], [0]]),  # four windows of one block have two middles
+        (2, [[1], [0]], [[1], [1], [0]]),
+        (1, [[0], [0]], [[0], [0], [0]]),
+    ],
+)
+def test_windows_stand_where_their_names_say(layers, halves, thirds):
     def blocks(name):
         base, batch = make_model(shape), make_batch(shape, CPU, torch.float32)
         made = Workload(name, find_method(name), base, "roberta", batch)
         (mover,) = movers_of(made.model)
         return sorted({int(layer.split(".")[-4 if "attention" in layer else -3]) for layer in mover.slices()})
 
-    shape = find_shape("roberta", layers=6, width=64, batch=1, length=8)
-    assert [blocks(f"window 1/2{low}") for low in ("", " low")] == [[3, 4, 5], [0, 1, 2]]
-    assert [blocks(f"window 1/3{place}") for place in ("", " middle", " low")] == [[4, 5], [2, 3], [0, 1]]
+    shape = find_shape("roberta", layers=layers, width=64, batch=1, length=8)
+    assert [blocks(f"window 1/2{low}") for low in ("", " low")] == halves
+    assert [blocks(f"window 1/3{place}") for place in ("", " middle", " low")] == thirds
 
 
 def test_what_a_method_adds_to_a_model():
     sizes = {name: workload(name, TINY["roberta"])[0].added_bytes() for name in METHODS if "lora-fa" not in name}
-    in_place = [n for n in METHODS if n.startswith(("row", "column", "alternate", "window", "random", "floor"))]
-    assert all(sizes[name] == 0 for name in (*in_place, "bitfit", "full"))
-    entries = workload("lora r=8", TINY["roberta"])[0].trainable()
-    assert sizes["lora r=8"] == 4 * entries
+    assert all(sizes[name] == 0 for name in ("floor", "bitfit", "full"))
+    for name in ("lora r=8", "row r=5", "column r=32"):  # the copies that train, and nothing else
+        assert sizes[name] == 4 * workload(name, TINY["roberta"])[0].trainable()
     assert sizes["vera"] > 4 * workload("vera", TINY["roberta"])[0].trainable()  # its frozen projections count
 
 
@@ -107,8 +116,54 @@ def test_a_method_without_memory_is_named_and_the_others_are_measured(monkeypatc
     assert [row.method for row in result.rows] == ["floor", "floor again", "column r=5"]
     assert result.skipped == {"full": "out of memory (CUDA out of memory. Tried to allocate)"}
     monkeypatch.setitem(METHODS, "floor", Method(hungry))
-    with pytest.raises(BenchError, match=r"llama: no memory for the floor itself; give a smaller batch"):
-        measure.measure_shape(settings, settings.shapes()[0])
+    result = measure.measure_shape(settings, settings.shapes()[0])
+    assert (result.rows, list(result.skipped)) == ([], ["full", "column r=5"])
+
+
+def test_methods_that_do_not_fit_together_are_measured_apart(monkeypatch):
+    held: list[str] = []
+
+    def build(settings, name, *args):
+        held.append(name)
+        if len(held) > 4:  # two floors and two methods
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(settings, name, *args)
+
+    real = measure._workload
+    monkeypatch.setattr(measure, "_workload", build)
+    monkeypatch.setattr(measure, "_release", lambda device: held.clear())
+    names = ["column r=1", "column r=5", "row r=1", "row r=5"]
+    settings = BenchSettings(models="llama", methods=names, rounds=2, layers=1, width=64, length=8, batch=1)
+    result = measure.measure_shape(settings, settings.shapes()[0])
+    assert [row.method for row in result.rows] == ["floor", "floor again", *names]
+    assert result.skipped == {}
+
+
+def test_a_shape_that_does_not_fit_leaves_the_others(monkeypatch):
+    def expectations(base, batch):
+        if len(base.state_dict()) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+        return real(base, batch)
+
+    real = measure._expectations
+    monkeypatch.setattr(measure, "_expectations", expectations)
+    settings = BenchSettings(
+        models="roberta,llama", methods=["column r=5"], rounds=2, layers=2, width=64, length=8, batch=1
+    )
+    first, second = measure.iterate(settings, lambda _: None)
+    assert (first.rows, first.skipped) == ([], {"floor": "out of memory (CUDA out of memory.)"})
+    assert len(second.rows) == 3
+
+
+def die(*args):
+    os._exit(1)
+
+
+def test_a_killed_measurement_of_memory_is_reported(monkeypatch):
+    monkeypatch.setattr(measure, "_peak", die)
+    settings = BenchSettings(models="llama", methods="column r=5")
+    with pytest.raises(BenchError, match=r"llama, column r=5: the process .* was killed.* give a smaller batch"):
+        measure._peak_in_own_process(settings, settings.shapes()[0], "column r=5")
 
 
 def test_figure_4_prints_its_panels(capsys):
@@ -309,6 +364,8 @@ def test_the_command_writes_its_files(tmp_path, capsys):
         (["--models", "gpt9"], "'gpt9' is unknown; expected one of roberta, llama"),
         (["--models", "[gpt9]"], "'gpt9' is unknown; expected one of roberta, llama"),
         (["--methods", "[lora]"], "bench.methods: 'lora' is unknown; expected slices of any rank"),
+        (["--models", ""], "bench.models is empty; name a shape"),
+        (["--models", "[]"], "bench.models is empty; name a shape"),
         (["--suite", "all"], "bench.suite='all' is unknown; expected one of core"),
         (["--rounds", "1"], "bench.rounds=1 must be at least 2"),
         (["--width", "100"], "bench.width=100 must be a multiple of 64"),

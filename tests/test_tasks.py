@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from transformers import AutoModel
+from transformers import AutoModel, BartConfig
 
 from cli_helpers import WORDS, review, save_bert, save_images, save_llama, save_reviews, save_vit, write_rows
 from slicefine.errors import ConfigError, DataError
@@ -141,18 +141,39 @@ def test_a_local_model_path_must_exist():
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, {0.0}), (None, {0.0, 0.02}), (0.3, {0.3})])
-def test_the_models_dropout_is_set(bert: str, rate: float | None, expected: set[float]):
+def test_the_models_dropout_is_set_and_its_configuration_kept(bert: str, rate: float | None, expected: set[float]):
     task = get_task(TaskSettings("text-classification"), ModelSettings(bert, dropout=rate), DataSettings())
     task.read(splits_of([{"text": "the film", "label": 0}, {"text": "was bad", "label": 1}]))
-    assert {m.p for m in task.load().model.modules() if isinstance(m, torch.nn.Dropout)} == expected
+    model = task.load().model
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == expected
+    assert model.config.hidden_dropout_prob == 0.02  # what is saved has the dropout that it came with
     assert ModelSettings().dropout == 0.0
 
 
-def test_dropout_is_set_in_a_new_model_unless_its_configuration_says_otherwise():
-    sizes = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for given, expected in (({}, 0.0), ({"hidden_dropout_prob": 0.4}, 0.4)):
-        made = load_model(AutoModel, ModelSettings(config=sizes | given)).model.config
-        assert (made.hidden_dropout_prob, made.attention_probs_dropout_prob) == (expected, 0.0)
+def test_dropout_that_a_model_keeps_as_numbers_is_set(tmp_path: Path):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = BartConfig(vocab_size=16, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    x = torch.arange(8).reshape(1, 8)
+    for rate, same in ((0.0, True), (None, False)):
+        model = load_model(AutoModel, ModelSettings(str(tmp_path), dropout=rate)).model.train()
+        first, second = (model(input_ids=x).last_hidden_state for _ in range(2))
+        assert torch.equal(first, second) is same
+
+
+def test_dropout_for_a_model_without_any_is_refused(tmp_path: Path):
+    class Plain(torch.nn.Module):
+        base_model_prefix = ""
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+            return Plain(), {"missing_keys": [], "mismatched_keys": []}
+
+    with pytest.raises(ConfigError, match=r"model.dropout=0.1: Plain has no dropout to set; leave model.dropout out"):
+        load_model(Auto, ModelSettings(str(tmp_path), dropout=0.1))
+    with pytest.raises(ConfigError, match=r"model.dropout=0.1 is for pretrained models; say the rates in model.config"):
+        ModelSettings(config={"model_type": "bert"}, dropout=0.1)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])

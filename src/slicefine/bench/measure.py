@@ -6,6 +6,8 @@ import gc
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from ..errors import UnsupportedError
 from .methods import FLOOR, find_method
 from .settings import BenchSettings
 from .shapes import Shape, make_batch, make_model, step_loss
-from .workload import BenchError, Workload
+from .workload import BenchError, Workload, enable_checkpointing
 
 __all__ = ["Row", "ShapeResult", "iterate", "measure_shape"]
 
@@ -35,9 +37,9 @@ class Row:
             allocator's, on a CPU the resident set's of a process of its own; None if not measured.
         state: bytes of optimizer state.
         weights: bytes of the base's weights.
-        added: bytes that the method adds to them while it is not merged.
+        added: bytes of parameters and buffers beyond them while it trains; of slices, copies of entries of weights.
         trainable: entries in training at a time.
-        file: bytes of the file that a user keeps, before the first move.
+        file: bytes of the file that a user keeps, before the first timed move.
         extras: seconds of a move, of saving, loading and switching, where the method has them.
     """
 
@@ -92,39 +94,34 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
         BenchError: if a method does not compute what it should; then nothing is timed.
     """
     device, dtype = torch.device(settings.device), settings.torch_dtype
-    base = make_model(shape, settings.seed).to(device, dtype)
-    batch = make_batch(shape, device, dtype, settings.seed + 1)
     names = settings.method_names()[2:]
     rows: dict[str, Row] = {}
     skipped: dict[str, str] = {}
     noise = 0.0
-    expected, gradients = _expectations(base, batch)
+    base = make_model(shape, settings.seed).to(device, dtype)
+    batch = make_batch(shape, device, dtype, settings.seed + 1)
+    if settings.checkpointing:
+        enable_checkpointing(base)
+    expectations = _expectations(base, batch)
     together = settings.together or _fitting(base, device)
-    for at in range(0, max(1, len(names)), together):
-        group = [FLOOR, "floor again", *names[at : at + together]]
-        report(f"{shape.name}: building and checking {', '.join(group[2:])}")
-        workloads, files = {}, {}
-        for name in group:
-            try:
-                workloads[name] = _workload(settings, name, base, shape, batch)
-                workloads[name].check(expected, gradients)
-                files[name] = workloads[name].file_bytes()  # before a move makes it grow
-                workloads[name].step()
-            except UnsupportedError as error:
-                skipped[name] = str(error)
-            except torch.OutOfMemoryError as error:
-                workloads.pop(name, None)
-                skipped[name] = f"out of memory ({str(error).splitlines()[0]})"
-        if len(workloads.keys() & {FLOOR, "floor again"}) < 2:
-            raise BenchError(f"{shape.name}: no memory for the floor itself; give a smaller batch, length or layers.")
-        measured = _measure_group(settings, shape, workloads, files, report)
-        noise = max(noise, abs(measured["floor again"].ratio - 1))
-        for name, row in measured.items():
-            rows.setdefault(name, row)
-        del workloads
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    groups = [names[at : at + together] for at in range(0, max(1, len(names)), together)]
+    while groups:
+        group = groups.pop(0)
+        try:
+            measured, missing = _measure_group(settings, shape, base, batch, group, expectations, report)
+        except torch.OutOfMemoryError as error:
+            reason = f"out of memory ({str(error).splitlines()[0]})"
+        else:
+            reason = ""
+            skipped |= missing
+            noise = max(noise, abs(measured["floor again"].ratio - 1))
+            for name, row in measured.items():
+                rows.setdefault(name, row)
+        _release(device)
+        if reason and len(group) > 1:  # perhaps they only do not fit together
+            groups[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+        elif reason:
+            skipped |= dict.fromkeys(group or [FLOOR], reason)
     if settings.memory and device.type == "cpu":
         for name, row in rows.items():
             report(f"{shape.name}: peak memory of {name}")
@@ -134,6 +131,7 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
 
 def _fitting(base: nn.Module, device: torch.device) -> int:
     """How many copies of a model there is room for beside the floors, where one may be fine-tuned in full: 1 to 8."""
+    _release(device)
     try:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _memory("MemAvailable", "/proc/meminfo")
     except UnsupportedError:  # no Linux: nothing tells
@@ -166,14 +164,39 @@ def _expectations(base: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, di
     return (output.logits if "labels" in batch else output.last_hidden_state).float(), gradients
 
 
+def _release(device: torch.device) -> None:
+    """Free what models leave behind: their layers and movers know each other, so that only a collection finds them."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _measure_group(
     settings: BenchSettings,
     shape: Shape,
-    workloads: dict[str, Workload],
-    files: dict[str, int],
+    base: nn.Module,
+    batch: dict[str, Tensor],
+    names: list[str],
+    expectations: tuple[Tensor, dict[str, Tensor]],
     report: Callable[[str], None],
-) -> dict[str, Row]:
+) -> tuple[dict[str, Row], dict[str, str]]:
+    """Rows of the floors and of some methods, interleaved; and the methods that the model lacks the layers for."""
+    report(f"{shape.name}: building and checking {', '.join(names)}")
+    workloads: dict[str, Workload] = {}
+    files: dict[str, int] = {}
+    missing: dict[str, str] = {}
+    for name in (FLOOR, "floor again", *names):
+        try:
+            workload = _workload(settings, name, base, shape, batch)
+        except UnsupportedError as error:
+            missing[name] = str(error)
+            continue
+        workload.check(*expectations)
+        files[name] = workload.file_bytes()  # before a timed move makes it grow
+        workload.step()
+        workloads[name] = workload
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in workloads}
+    gc.collect()
     gc.freeze()  # what is built stays: collecting before each step then takes milliseconds
     try:
         for number in range(settings.warmup + settings.rounds):
@@ -186,7 +209,8 @@ def _measure_group(
     finally:
         gc.unfreeze()
     floor = [sum(t) for t in times[FLOOR]]
-    return {name: _row(shape, workload, times[name], floor, files[name]) for name, workload in workloads.items()}
+    rows = {name: _row(shape, workload, times[name], floor, files[name]) for name, workload in workloads.items()}
+    return rows, missing
 
 
 def _row(
@@ -207,9 +231,14 @@ def _row(
 
 def _peak_in_own_process(settings: BenchSettings, shape: Shape, name: str) -> int:
     """Growth of a fresh process's largest resident set over three steps, the model itself left out."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (settings, shape, name))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_peak, settings, shape, name).result()
+        except BrokenProcessPool as error:
+            raise BenchError(
+                f"{shape.name}, {name}: the process that measured its peak memory was killed, as happens when memory "
+                "runs out; give a smaller batch, or leave memory out."
+            ) from error
 
 
 def _peak(settings: BenchSettings, shape: Shape, name: str) -> int:
@@ -249,4 +278,8 @@ def iterate(settings: BenchSettings, report: Callable[[str], None]) -> Iterator[
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     for shape in settings.shapes():
-        yield measure_shape(settings, shape, report)
+        try:
+            result = measure_shape(settings, shape, report)
+        except torch.OutOfMemoryError as error:  # the other shapes may fit
+            result = ShapeResult(shape, [], {FLOOR: f"out of memory ({str(error).splitlines()[0]})"}, 0.0)
+        yield result

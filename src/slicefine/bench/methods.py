@@ -67,7 +67,24 @@ def _sliced(mode: str, r: int, moves_made: int = 0, **settings: Any) -> Method:
             movers_of(wrapped)[0].move()
         return wrapped
 
-    return Method(build, slices=True, to_inputs="window" not in settings)
+    return Method(build, slices=True)
+
+
+def _windowed(share: float, down: float) -> Method:
+    """Five columns under a window of a share of the blocks, ``down`` of the way from the top place to the lowest."""
+    sliced = _sliced("column", 5, window=share)
+
+    def build(model: Any, family: str) -> Any:
+        wrapped = sliced.build(model, family)
+        (mover,) = movers_of(wrapped)
+        layer = next(iter(mover.layers.values()))
+        place = layer.states[mover.name].place
+        assert place is not None
+        for _ in range(round(down * (len(place.window.windows(place.count)) - 1))):
+            mover.move()
+        return wrapped
+
+    return Method(build, slices=True, to_inputs=False)
 
 
 def _listing1(mode: str, r: int) -> Method:
@@ -144,11 +161,11 @@ METHODS: dict[str, Method] = {
     **{f"{mode} r={r}": _sliced(mode, r) for mode in ("row", "column", "alternate") for r in (1, 5, 12, 32)},
     "random mask": _sliced("random_mask", 5),
     # a window costs less the higher it lies; one that moves costs the mean of its places
-    "window 1/2": _sliced("column", 5, window=0.5),
-    "window 1/2 low": _sliced("column", 5, moves_made=1, window=0.5),
-    "window 1/3": _sliced("column", 5, window=1 / 3),
-    "window 1/3 middle": _sliced("column", 5, moves_made=1, window=1 / 3),
-    "window 1/3 low": _sliced("column", 5, moves_made=2, window=1 / 3),
+    "window 1/2": _windowed(1 / 2, 0),
+    "window 1/2 low": _windowed(1 / 2, 1),
+    "window 1/3": _windowed(1 / 3, 0),
+    "window 1/3 middle": _windowed(1 / 3, 1 / 2),
+    "window 1/3 low": _windowed(1 / 3, 1),
     "listing 1 row r=5": _listing1("row", 5),
     "listing 1 column r=5": _listing1("column", 5),
     "lora r=8": _peft(_config("LoraConfig", r=8)),

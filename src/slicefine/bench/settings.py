@@ -22,10 +22,10 @@ class BenchSettings:
 
     Args:
         models: shapes: roberta, llama (6 layers of width 768), roberta-base, roberta-large, llama-160m, llama-1b,
-            llama-3b, vit-b16, videomae-base. null takes roberta and llama; on a GPU llama-3b and the three of the
-            figure4 suite; for that suite roberta-base, vit-b16 and videomae-base.
+            llama-3b, vit-b16, videomae-base. null takes roberta and llama; for figure4 roberta-base, vit-b16 and
+            videomae-base, and on a GPU these three and llama-3b.
         suite: core, ranks, windows, peft, figure4 (the paper's Figure 4: with a table of total time, throughput,
-            memory and model size), or full (everything).
+            memory and model size; it is sized for a GPU, so give a smaller batch elsewhere), or full (everything).
         methods: names of single methods, instead of a suite; a list, or one text with commas, as for models.
         rounds: timed rounds; every method makes one step per round.
         warmup: rounds before them that are not timed.
@@ -42,7 +42,7 @@ class BenchSettings:
         threads: CPU threads; null leaves them.
         together: methods that are held in memory and interleaved at a time, beside the floor; null takes eight, or as
             many as there is memory for.
-        memory: measure peak memory as well, on a CPU each method in a process of its own.
+        memory: measure peak memory as well, on a CPU each method in a process of its own; null does so for figure4.
         output: folder for bench.json and bench.png; null writes none.
         seed: of weights and inputs.
     """
@@ -64,7 +64,7 @@ class BenchSettings:
     loop: str = "bare"
     threads: int | None = None
     together: int | None = None
-    memory: bool = False
+    memory: bool | None = None
     output: str | None = None
     seed: int = 0
 
@@ -72,9 +72,13 @@ class BenchSettings:
         gpu = self.device == "cuda"
         if self.models is None:
             own = _FIGURE4 if self.suite == "figure4" else ["roberta", "llama"]
-            self.models = ["llama-3b", *_FIGURE4] if gpu and self.suite != "figure4" else own
+            self.models = [*_FIGURE4, "llama-3b"] if gpu and self.suite != "figure4" else own
+        if self.memory is None:
+            self.memory = self.suite == "figure4"
         if self.dtype is None:
             self.dtype = "bfloat16" if gpu or self.suite == "figure4" else "float32"
+        if not any(_names(self.models)):
+            raise ConfigError("bench.models is empty; name a shape, or leave it out for the default ones.")
         for name, low in (("rounds", 2), ("warmup", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"bench.{name}={getattr(self, name)} must be at least {low}.")
@@ -97,8 +101,9 @@ class BenchSettings:
 
     def shapes(self) -> list[Shape]:
         """The shapes with the sizes that were asked for."""
+        assert self.models is not None
         sizes = {name: getattr(self, name) for name in ("layers", "width", "batch", "length")}
-        return [find_shape(name, **sizes, lm_head=self.lm_head) for name in _names(self.models or [])]
+        return [find_shape(name, **sizes, lm_head=self.lm_head) for name in _names(self.models)]
 
     def method_names(self) -> list[str]:
         """The floor twice, then the methods in order."""

@@ -173,9 +173,7 @@ class Workload:
         return kept
 
     def added_bytes(self) -> int:
-        """Bytes of weights and buffers that the model has beyond the base's, unmerged; slices lie in the base's own."""
-        if self.method.slices:
-            return 0
+        """Bytes of parameters and buffers beyond the base's while it trains."""
         return sum(t.numel() * t.element_size() for t in _weights(self.model)) - self.base_bytes
 
     def state_bytes(self) -> int:

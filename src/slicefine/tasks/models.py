@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from torch.nn.modules.dropout import _DropoutNd
+
 from ..errors import ConfigError
 from .base import Loaded
 from .minilm import HUB_ID, minilm_folder
@@ -42,24 +44,20 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
         **config: fields of the model's configuration to set (``num_labels``, for example).
 
     Raises:
-        ConfigError: if the model is not found or cannot be loaded.
+        ConfigError: if the model is not found, cannot be loaded, or has no dropout where a rate is asked for.
     """
     if settings.config is not None:
         return _from_config(auto, settings, config)
-    from transformers import AutoConfig
-
     assert settings.path is not None
     path = resolve_path(settings.path)
-    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
-        known = AutoConfig.from_pretrained(path, **source)
         model, info = auto.from_pretrained(
             path,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
             dtype=settings.dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **source,
-            **_dropout_fields(known, settings),
             **config,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -67,6 +65,10 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
             f"model.path={settings.path!r} cannot be loaded as {auto.__name__}: {error} Check the name, the network, "
             "and that the model fits the task."
         ) from error
+    if settings.dropout is not None and not _set_dropout(model, settings.dropout) and settings.dropout > 0:
+        raise ConfigError(
+            f"model.dropout={settings.dropout}: {type(model).__name__} has no dropout to set; leave model.dropout out."
+        )
     if settings.path == "minilm":  # the adapter's card should name its base as other machines know it
         model.config._name_or_path = HUB_ID
     changed = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
@@ -119,19 +121,26 @@ def _from_config(auto: Any, settings: ModelSettings, fields: dict[str, Any]) -> 
     given = {key: value for key, value in (settings.config or {}).items() if key != "model_type"}
     try:
         config = AutoConfig.for_model((settings.config or {})["model_type"], **given, **fields)
-        config.update({k: v for k, v in _dropout_fields(config, settings).items() if k not in given})
         model = auto.from_config(config, trust_remote_code=settings.trust_remote_code)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.config does not describe a model for {auto.__name__}: {error}") from error
     return Loaded(model, None, _new_modules(model, []))  # trained whole in any case
 
 
-def _dropout_fields(config: Any, settings: ModelSettings) -> dict[str, float]:
-    """The fields of a configuration that are rates of dropout (not of whole layers), set to what was asked for."""
-    if settings.dropout is None:
-        return {}
-    numbers = (name for name, value in config.to_dict().items() if type(value) in (float, int))
-    return {name: settings.dropout for name in numbers if "dropout" in name or name.endswith("_pdrop")}
+def _set_dropout(model: Any, rate: float) -> int:
+    """Set the rate of all dropout in a model, modules and the rates that modules keep as numbers; how many it found.
+
+    The configuration keeps its own rates: what is saved later is the model as it came.
+    """
+    found = 0
+    for module in model.modules():
+        names = [name for name in vars(module) if "dropout" in name or name.endswith("_pdrop")]
+        names += ["p"] if isinstance(module, _DropoutNd) else []
+        for name in names:
+            if type(getattr(module, name)) in (int, float):  # a flag is no rate
+                setattr(module, name, rate)
+                found += 1
+    return found
 
 
 def _new_modules(model: Any, missing: Iterable[str]) -> list[str]:

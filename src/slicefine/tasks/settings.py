@@ -21,9 +21,8 @@ class ModelSettings:
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the checkpoint.
         dtype: float32, bfloat16, float16 or auto (as stored).
-        dropout: rate of all dropout in the model while it trains; null leaves the model's own. 0 by default, because
-            the noise that a pretrained model drops in costs a few trained entries more than it saves them
-            (docs/results/accuracy.md).
+        dropout: rate of all dropout in the pretrained model while it trains; null leaves the model's own. 0 by
+            default: in short runs all methods learned more without (docs/results/accuracy.md).
         config: train from scratch: a configuration with its model_type instead of pretrained weights.
         tokenizer: hub id or folder of the tokenizer, if it is not the model's own.
     """
@@ -41,6 +40,8 @@ class ModelSettings:
             raise ConfigError(f"model.dtype={self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}.")
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout={self.dropout!r} must lie in [0, 1); null leaves the model's own.")
+        if self.config is not None and self.dropout:
+            raise ConfigError(f"model.dropout={self.dropout} is for pretrained models; say the rates in model.config.")
         if self.config is not None and "model_type" not in self.config:
             raise ConfigError("model.config has no model_type; add one, for example model_type: vit.")
         if self.config is None and self.path is None:
