@@ -215,6 +215,20 @@ def test_a_window_keeps_less_and_columns_keep_the_floor():
     assert saved["column r=1"] == saved["floor"] + layers * (tokens * 4 + 8)
 
 
+@pytest.mark.parametrize("family", ["roberta", "llama", "vit", "videomae"])
+def test_gradients_are_more_than_rounding(family):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = make_model(TINY[family]).to(dtype)
+        batch = make_batch(TINY[family], CPU, torch.float32)
+        batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
+        name, weight = next((n, p) for n, p in model.named_parameters() if p.dim() == 2 and "layer" in n)
+        weight.requires_grad_()
+        (gradient,) = torch.autograd.grad(step_loss(model, batch), weight)
+        found.append(gradient.double())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3, name
+
+
 def test_alternate_mode_is_timed_in_both_orientations():
     made, *_ = workload("alternate r=5", TINY["llama"])
     (mover,) = movers_of(made.model)
