@@ -67,7 +67,8 @@ class ShapeResult:
     """All rows of one model shape, the methods that it cannot have, with the reason, and the noise.
 
     Attributes:
-        noise: how far the floor lies from itself: |ratio - 1| of the second floor, the largest over groups.
+        noise: how far the floor lies from itself: the quartile of the second floor's ratio that is farthest from 1, as
+            its distance from there, the largest over groups.
     """
 
     shape: Shape
@@ -114,7 +115,8 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
         else:
             reason = ""
             skipped |= missing
-            noise = max(noise, abs(measured["floor again"].ratio - 1))
+            again = measured["floor again"]
+            noise = max(noise, abs(again.low - 1), abs(again.high - 1))
             for name, row in measured.items():
                 rows.setdefault(name, row)
         _release(device)

@@ -55,7 +55,7 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
         console.print(_figure4(result))
     for name, reason in result.skipped.items():
         console.print(f"{name}: not measured. {reason}")
-    console.print(f"the floor differs from itself by {result.noise:.1%}: smaller differences mean nothing")
+    console.print(f"the floor differs from itself by up to {result.noise:.1%} (quartiles): less than that is noise")
 
 
 _FIGURE4_ROWS = 1000  # training images of a task of VTAB-1k, the paper's data for this figure
