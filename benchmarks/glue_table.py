@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -58,26 +59,11 @@ def run(job: Job, data: str, smoke: bool) -> dict[str, Any]:
     asked = conditions(task, smoke)
     with tempfile.TemporaryDirectory() as output:
         words = ["train", "--config", str(RECIPES / f"{task}.yaml"), "--data.path", str(Path(data, task))]
-        words += [
-            "--output",
-            output,
-            "--overwrite",
-            "--quiet",
-            "--verify",
-            "false",
-            "--task.max_length",
-            str(asked["max_length"]),
-        ]
-        words += [
-            "--training.max_steps",
-            str(asked["steps"]),
-            "--training.seed",
-            str(seed),
-            "--training.evaluate",
-            "no",
-        ]
+        words += ["--output", output, "--overwrite", "--quiet", "--verify", "false", "--training.evaluate", "no"]
         words += ["--training.load_best", "false", "--training.evaluate_before", "false"]
-        words += ["--training.learning_rate", str(rate), "--model.dropout", str(DROPOUT), *METHODS[method][0]]
+        words += ["--task.max_length", str(asked["max_length"]), "--training.max_steps", str(asked["steps"])]
+        words += ["--training.seed", str(seed), "--training.learning_rate", str(rate)]
+        words += ["--model.dropout", str(asked["dropout"]), *METHODS[method][0]]
         if smoke:
             words += ["--data.limit_train", "64", "--data.limit_validation", "16", "--data.limit_test", "16"]
         status = main(words)
@@ -87,7 +73,7 @@ def run(job: Job, data: str, smoke: bool) -> dict[str, Any]:
     name = report["metric"]
     return {
         "job": list(job),
-        "conditions": conditions(task, smoke),
+        "conditions": asked,
         "metric": name,
         "validation": report["after"]["validation"][name],
         "test": report["after"]["test"][name],
@@ -158,12 +144,10 @@ def main() -> None:
         import slicefine
 
         record = {
-            "command": "python benchmarks/glue_table.py --data DATA/glue --out benchmarks/results/glue_minilm.json",
-            "dropout": DROPOUT,
+            "last_command": f"python benchmarks/glue_table.py {' '.join(sys.argv[1:])}",
             "date": time.strftime("%Y-%m-%d"),
             "slicefine": slicefine.__version__,
             "processor": platform.processor() or platform.machine(),
-            "caps": {task: dict(zip(("steps", "max_length"), cap, strict=True)) for task, cap in CAPS.items()},
             "runs": [results[job] for job in sorted(results)],
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from slicefine.geometry import Slice, entry_indices
 
@@ -53,20 +53,12 @@ class Allocations(TorchDispatchMode):
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {a.untyped_storage()._cdata for a in _tensors(args)}
+        given = {a.untyped_storage()._cdata for a in tree_leaves(args) if isinstance(a, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for item in _tensors(result):
-            if item.untyped_storage()._cdata not in given:
+        for item in tree_leaves(result):
+            if isinstance(item, Tensor) and item.untyped_storage()._cdata not in given:
                 self.largest = max(self.largest, item.numel())
         return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def slice_mask(block: Slice, shape: tuple[int, int]) -> Tensor:

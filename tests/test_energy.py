@@ -78,7 +78,7 @@ def test_attached_slices_follow_the_order(mode: str):
 
 
 def test_peft_keeps_the_order_in_the_saved_configuration(tmp_path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="the extra peft is not installed")
     from peft import PeftModel, get_peft_model
 
     from slicefine import SliceFineConfig, movers_of

@@ -137,9 +137,6 @@ def test_a_local_model_path_must_exist():
         resolve_path("./nowhere")
 
 
-# -- labels -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, {0.0}), (None, {0.0, 0.02}), (0.3, {0.3})])
 def test_the_models_dropout_is_set_and_its_configuration_kept(bert: str, rate: float | None, expected: set[float]):
     task = get_task(TaskSettings("text-classification"), ModelSettings(bert, dropout=rate), DataSettings())
@@ -180,6 +177,9 @@ def test_dropout_for_a_model_without_any_is_refused(tmp_path: Path):
 def test_a_dropout_that_is_no_rate_is_refused(rate: float):
     with pytest.raises(ConfigError, match=rf"model.dropout={rate} must lie in \[0, 1\)"):
         ModelSettings(dropout=rate)
+
+
+# -- labels -------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_column_names_split_setting_and_columns():

@@ -22,7 +22,7 @@ class ModelSettings:
         trust_remote_code: run model code that comes with the checkpoint.
         dtype: float32, bfloat16, float16 or auto (as stored).
         dropout: rate of all dropout in the pretrained model while it trains; null leaves the model's own. 0 by
-            default: in short runs all methods learned more without (docs/results/accuracy.md).
+            default: in short runs on cola slices and LoRA learned more without (docs/results/accuracy.md).
         config: train from scratch: a configuration with its model_type instead of pretrained weights.
         tokenizer: hub id or folder of the tokenizer, if it is not the model's own.
     """
