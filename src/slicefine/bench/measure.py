@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 from .methods import FLOOR, find_method
 from .settings import BenchSettings
 from .shapes import Shape, make_batch, make_model, step_loss
-from .workload import BenchError, Workload, enable_checkpointing
+from .workload import BenchError, Workload, enable_checkpointing, keep_freed_memory
 
 __all__ = ["Row", "ShapeResult", "iterate", "measure_shape"]
 
@@ -94,6 +94,7 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
     Raises:
         BenchError: if a method does not compute what it should; then nothing is timed.
     """
+    keep_freed_memory()  # in this process: peak memory is measured in others
     device, dtype = torch.device(settings.device), settings.torch_dtype
     names = settings.method_names()[2:]
     rows: dict[str, Row] = {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,11 +25,15 @@ __all__ = [
     "Workload",
     "enable_checkpointing",
     "gradients_to_inputs",
+    "keep_freed_memory",
     "kept_bytes",
     "now",
     "state_bytes",
     "timed_step",
 ]
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8  # of glibc's malloc.h
 
 
 class BenchError(SliceFineError, RuntimeError):
@@ -46,6 +52,20 @@ def enable_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed for the next step, as a GPU's caching allocator does; False on other systems.
+
+    By default it hands large blocks back to the system, and which of them depends on what was allocated before: a
+    method's ratio to the floor then counts page faults that have nothing to do with the method.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    most = 2**31 - 1  # of the C int that it takes
+    wanted = {_M_MMAP_THRESHOLD: most, _M_TRIM_THRESHOLD: most, _M_TOP_PAD: 2**28, _M_ARENA_MAX: 1}
+    return all([mallopt(option, value) for option, value in wanted.items()])
 
 
 def kept_bytes(model: Any, forward: Callable[[], Any]) -> int:
