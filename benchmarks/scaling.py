@@ -71,6 +71,7 @@ def measure(args: argparse.Namespace, sweep: str) -> list[dict[str, Any]]:
             device=args.device,
             dtype="float32",
             threads=args.threads,
+            keep_memory=args.device == "cpu",
             **sizes,
         )
         result = measure_shape(settings, settings.shapes()[0])

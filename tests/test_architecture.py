@@ -19,6 +19,7 @@ SOURCE = Path(slicefine.__file__).parent
 LADDER = [
     "errors",
     "geometry",
+    "packed",
     "window",
     "schedule",
     "functional",
@@ -34,7 +35,8 @@ ALLOWED = {name: set(LADDER[:i]) for i, name in enumerate(LADDER)}
 ALLOWED["geometry"] = {"errors"}
 ALLOWED["schedule"] = {"errors", "geometry"}
 ALLOWED["window"] = {"errors", "geometry"}
-ALLOWED["functional"] = {"errors", "geometry"}  # tensors only: no schedule
+ALLOWED["packed"] = {"errors", "geometry"}
+ALLOWED["functional"] = {"errors", "geometry", "packed"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}

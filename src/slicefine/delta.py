@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterFileError
+from .functional import Matrix
 from .geometry import AXES, Slice, line_length, touched
 from .journal import Journal, read_table
 
@@ -31,7 +32,7 @@ KINDS = ("journal", "rows", "columns", "entries")
 _AXIS = {"rows": "row", "columns": "column", "entries": "entries"}
 
 
-def pack(journal: Journal, weight: Tensor) -> dict[str, Tensor]:
+def pack(journal: Journal, weight: Matrix) -> dict[str, Tensor]:
     """Tensors of a journal, the active block left out (the persistent parameter carries it).
 
     Args:

@@ -15,8 +15,12 @@ from torch.nn import functional as F
 
 from .errors import ContentError
 from .geometry import Slice, entry_indices
+from .packed import PackedDelta
 
-__all__ = ["Content", "line_index", "read_block", "slice_linear", "track_slice", "write_block"]
+__all__ = ["Content", "Matrix", "line_index", "read_block", "slice_linear", "track_slice", "write_block"]
+
+
+Matrix = Tensor | PackedDelta  # what is read and written block by block: a dense weight, or what lies beside one
 
 
 class Content(Protocol):
@@ -43,16 +47,21 @@ def block_view(weight: Tensor, block: Slice) -> Tensor:
     return weight.narrow(1, block.start, block.width).t()
 
 
-def read_block(weight: Tensor, block: Slice, index: Tensor | None = None) -> Tensor:
+def read_block(weight: Matrix, block: Slice, index: Tensor | None = None) -> Tensor:
     """Copy of a slice's values as lines, in the weight's dtype and on its device."""
+    if isinstance(weight, PackedDelta):
+        return weight.read(block)
     if block.axis != "entries":
         return block_view(weight, block).clone(memory_format=torch.contiguous_format)
     rows, columns = _coordinates(weight, block, index)
     return weight[rows, columns].unsqueeze(0)
 
 
-def write_block(weight: Tensor, block: Slice, values: Tensor, index: Tensor | None = None) -> None:
+def write_block(weight: Matrix, block: Slice, values: Tensor, index: Tensor | None = None) -> None:
     """Overwrite a slice's entries in place with ``values`` (lines), converted to the weight's dtype."""
+    if isinstance(weight, PackedDelta):
+        weight.write(block, values)
+        return
     if block.axis != "entries":
         block_view(weight, block).copy_(values)
         return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import AdapterFileError, UnsupportedError
-from .functional import read_block, write_block
+from .functional import Matrix, read_block, write_block
 from .geometry import AXES, Slice, entry_indices, shared_entries
 
 __all__ = ["Journal", "Visit"]
@@ -63,7 +63,7 @@ class Journal:
 
     # -- moving ---------------------------------------------------------------------------------------------------
 
-    def begin(self, weight: Tensor, block: Slice, step: int | None = None) -> Tensor:
+    def begin(self, weight: Matrix, block: Slice, step: int | None = None) -> Tensor:
         """Start a visit to ``block`` on an applied journal; returns the block's current values.
 
         Args:
@@ -95,7 +95,7 @@ class Journal:
                 "visits only, and the first visit has nothing before it. Raise `history` before training to undo more."
             )
 
-    def undo(self, weight: Tensor) -> None:
+    def undo(self, weight: Matrix) -> None:
         """Take back the last visit: the weight reads as it did when that visit began.
 
         Raises:
@@ -110,7 +110,7 @@ class Journal:
 
     # -- swapping -------------------------------------------------------------------------------------------------
 
-    def apply(self, weight: Tensor) -> None:
+    def apply(self, weight: Matrix) -> None:
         """Write the trained values into the weight and keep what stood there."""
         if self.applied:
             return
@@ -120,7 +120,7 @@ class Journal:
         self._trained.clear()
         self.applied = True
 
-    def revert(self, weight: Tensor) -> None:
+    def revert(self, weight: Matrix) -> None:
         """Restore the originals bit for bit and keep the trained values."""
         if not self.applied:
             return
@@ -131,7 +131,7 @@ class Journal:
         self._originals.clear()
         self.applied = False
 
-    def deltas(self, weight: Tensor) -> list[tuple[Slice, Tensor]]:
+    def deltas(self, weight: Matrix) -> list[tuple[Slice, Tensor]]:
         """``(slice, trained - original)`` of a reverted journal; each entry counted once, in its first slice.
 
         Args:
@@ -145,7 +145,7 @@ class Journal:
             result.append((block, delta))
         return result
 
-    def add(self, weight: Tensor, deltas: list[tuple[Slice, Tensor]], scale: float = 1.0) -> None:
+    def add(self, weight: Matrix, deltas: list[tuple[Slice, Tensor]], scale: float = 1.0) -> None:
         """Apply as a sum on top of what the weight holds (several adapters active at once)."""
         for block, delta in deltas:
             current = read_block(weight, block)
@@ -160,7 +160,7 @@ class Journal:
         rows = [[AXES.index(v.slice.axis), *v.slice[1:], v.first_step, v.last_step] for v in self.visits]
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
 
-    def trained(self, weight: Tensor) -> list[tuple[Slice, Tensor]]:
+    def trained(self, weight: Matrix) -> list[tuple[Slice, Tensor]]:
         """``(slice, trained values)`` of every visited slice, from wherever they are now."""
         if self._trained:
             return list(self._trained.items())
@@ -195,7 +195,7 @@ def read_table(table: Tensor) -> list[Visit]:
     return visits
 
 
-def _clear_shared(delta: Tensor, block: Slice, earlier: Slice, weight: Tensor) -> None:
+def _clear_shared(delta: Tensor, block: Slice, earlier: Slice, weight: Matrix) -> None:
     """Zero the part of ``delta`` that an earlier slice already counts."""
     shape = (weight.shape[0], weight.shape[1])
     if block.axis == "entries":

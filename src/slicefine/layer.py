@@ -13,9 +13,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .delta import KINDS, expected_shapes, pack, unpack
 from .errors import AdapterFileError, ConfigError, UnsupportedError
-from .functional import block_view, guard_content, line_index, pad_block, read_block, track_slice, write_block
+from .functional import Matrix, block_view, guard_content, line_index, pad_block, read_block, track_slice, write_block
 from .geometry import Slice, line_length
 from .journal import read_table
+from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at
 from .state import ORIGINALS, AdapterState, AdapterTensors
 from .window import Place
@@ -49,13 +50,15 @@ class SliceLinear(nn.Module):
 
     Args:
         base_layer: ``nn.Linear`` or transformers' ``Conv1D``; its weight is frozen here.
+        additive: never write to that weight: what slices change lies beside it and is added to the output. Slices
+            then hold differences from the base, which start at zero.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, additive: bool = False) -> None:
         super().__init__()
-        self._init_slices(base_layer)
+        self._init_slices(base_layer, additive)
 
-    def _init_slices(self, base_layer: nn.Module) -> None:
+    def _init_slices(self, base_layer: nn.Module, additive: bool = False) -> None:
         if not supports(base_layer):
             raise UnsupportedError(
                 f"SliceFine trains the floating-point matrix of nn.Linear and Conv1D layers, not {type(base_layer)}. "
@@ -63,6 +66,8 @@ class SliceLinear(nn.Module):
             )
         self.base_layer = base_layer
         cast(Tensor, base_layer.weight).requires_grad_(False)
+        weight = self._base_weight
+        self.packed = PackedDelta(self.shape, weight.dtype, weight.device) if additive else None
         self.states: dict[str, AdapterState] = {}
         self._order: list[str] = []  # adapters in the order of their last application
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
@@ -78,12 +83,17 @@ class SliceLinear(nn.Module):
     def _base_weight(self) -> Tensor:
         return cast(Tensor, self.base_layer.weight)
 
-    def dense(self) -> Tensor:
-        """The weight as ``(out, in)``, detached from autograd's version counter.
+    def dense(self) -> Matrix:
+        """What slices are read from and written to: the weight as ``(out, in)``, or what lies beside it.
+
+        The weight is detached from autograd's version counter.
 
         Writes through it go unseen by autograd on purpose: after `disable`, `enable` the content is back, bit for
         bit, and a backward may go on; `content` is what guards it.
         """
+        return self._base_matrix() if self.packed is None else self.packed
+
+    def _base_matrix(self) -> Tensor:
         weight = self._base_weight.data
         return weight.t() if is_transposed(self.base_layer) else weight
 
@@ -173,10 +183,18 @@ class SliceLinear(nn.Module):
             deltas = {name: self.states[name].journal.deltas(weight) for name in names}
             for name in names:
                 self.states[name].journal.add(weight, deltas[name])
+        if self.packed is not None and not names:
+            self.packed.clear()  # zeros only
         self._order = names  # so that reverting in reverse restores every entry
 
+    def fold(self) -> None:
+        """Add what lies beside the weight to it; rounding makes this final."""
+        if self.packed is not None:
+            self.packed.add_to(self._base_matrix())
+            self.packed.clear()
+
     @contextmanager
-    def reverted(self) -> Iterator[Tensor]:
+    def reverted(self) -> Iterator[Matrix]:
         """The dense weight with its originals in place, for as long as the context lasts."""
         names = self.applied
         self.apply_only([])
@@ -305,12 +323,20 @@ class SliceLinear(nn.Module):
         They are kept from step to step: only a move, or other storage under either of the two, makes new ones.
         """
         state = self.states[name]
-        key = (self._base_weight.data_ptr(), parameter.data_ptr())
+        place = self._base_weight.data_ptr() if self.packed is None else self.packed.version
+        key = (place, parameter.data_ptr())
         if state.axis == "entries":
             return None
         if not state.views or state.views[0] != key:
-            state.views = (key, block_view(self.dense(), state.journal.active), self.block(name))
+            view = self._view(state.journal.active)
+            if view is None:
+                return None
+            key = (key[0] if self.packed is None else self.packed.version, key[1])  # making a view is a change
+            state.views = (key, view, self.block(name))
         return state.views[1], state.views[2]
+
+    def _view(self, block: Slice) -> Tensor | None:
+        return block_view(self._base_matrix(), block) if self.packed is None else self.packed.view(block)
 
     def _in_sync(self, name: str) -> bool:
         state, parameter = self.states[name], self.slicefine_active[name]
@@ -486,6 +512,8 @@ class SliceLinear(nn.Module):
         synced = {name for name in self.states if self._in_sync(name)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self._base_weight.device
+        if self.packed is not None:
+            self.packed.map(fn)
         for name, state in self.states.items():
             state.views = ()
             if device.type != "meta":
@@ -499,6 +527,8 @@ class SliceLinear(nn.Module):
         compiling = torch.compiler.is_compiling()
         names = self.applied if compiling else self._checked()
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.packed is not None and names:
+            y = self.packed.add_product(x, y)
         if not torch.is_grad_enabled():
             return y
         parameters = {name: self.slicefine_active[name] for name in names if not self.states[name].idle}

@@ -48,6 +48,11 @@ class SliceTuner:
     def __init__(self, model: nn.Module, layers: dict[str, SliceLinear], mover: Mover) -> None:
         self.model, self.layers, self.mover = model, layers, mover
 
+    @property
+    def additive(self) -> bool:
+        """Whether slices lie beside the weights, as differences, rather than in them."""
+        return any(layer.packed is not None for layer in self.layers.values())
+
     def parameters(self) -> list[nn.Parameter]:
         """The persistent parameters to hand to an optimizer, one per layer."""
         return [layer.slicefine_active[_NAME] for layer in self.layers.values()]
@@ -84,6 +89,7 @@ class SliceTuner:
         """
         for name, layer in self.layers.items():
             layer.apply_only([_NAME] if merge else [])
+            layer.fold()
             _set_module(self.model, name, layer.base_layer)
         self.mover.layers = {}
         self.layers = {}
@@ -96,7 +102,8 @@ class SliceTuner:
             for kind, tensor in layer.file_tensors(_NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
             tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
-        metadata = {"format": "pt", "slicefine": json.dumps({"version": FORMAT_VERSION})}
+        header = {"version": FORMAT_VERSION, "additive": self.additive}
+        metadata = {"format": "pt", "slicefine": json.dumps(header)}
         target = Path(path)
         aside = target.with_name(target.name + ".partial")
         try:
@@ -109,9 +116,15 @@ class SliceTuner:
         """Replace the slices by those of a file that `save` wrote for the same layers.
 
         Raises:
-            AdapterFileError: if the file is missing, corrupt, or was written for other layers.
+            AdapterFileError: if the file is missing, corrupt, or was written for other layers, or if it holds
+                differences from the base (``additive``) and this model's slices hold values, or the other way round.
         """
-        tensors = _read_file(Path(path))
+        tensors, additive = _read_file(Path(path))
+        if additive != self.additive:
+            raise AdapterFileError(
+                f"{path}: written with additive={additive}, but this model's slices have additive={self.additive}; "
+                f"attach with additive={additive}."
+            )
         names = {key.rpartition(".slicefine_")[0] for key in tensors}
         if names != set(self.layers):
             odd = sorted(names ^ set(self.layers))[:3]
@@ -146,6 +159,7 @@ def attach(
     window: int | float | None = None,
     window_order: str = "top-down",
     window_dwell: str | Sequence[int] = "uniform",
+    additive: bool = False,
     **moves: Any,
 ) -> SliceTuner:
     """Train one slice of each chosen layer of any model, in place.
@@ -162,6 +176,9 @@ def attach(
         history: how many moves can be undone.
         train_rest: leave ``requires_grad`` of all other parameters as it is (a new head, for example).
         window, window_order, window_dwell: train only a moving group of blocks; see `Window`.
+        additive: leave the weights untouched and keep what slices change beside them, for weights that other processes
+            share; each visited line then costs a little in every forward. Not for random masks. Weight decay then
+            pulls towards the base's values instead of zero.
         **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps.
 
     Raises:
@@ -178,13 +195,15 @@ def attach(
     settings = MoveSettings(**moves, window=make_window(window, window_order, window_dwell, seed))
     if any(isinstance(module, SliceLinear) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
+    if additive and mode == "random_mask":
+        raise ConfigError("attach: mode='random_mask' trains scattered entries in place; it cannot be additive.")
     names = match_layers(model, target_modules, exclude_modules)
     if settings.window is not None:
         places(settings.window, names)  # refused before anything changes
     layers = {}
     clamped: dict[str, int] = {}
     for name in names:
-        layers[name] = SliceLinear(model.get_submodule(name))
+        layers[name] = SliceLinear(model.get_submodule(name), additive)
         found = schedule.clamped(layers[name].shape)
         clamped |= {} if found is None else {name: found[1]}
         layers[name].add_slice(_NAME, schedule, name, history)
@@ -259,7 +278,8 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a file, and whether they are differences from the base."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("slicefine", "null"))
@@ -269,6 +289,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
                 raise AdapterFileError(
                     f"{path}: format version {header['version']} is newer than {FORMAT_VERSION}; update slicefine."
                 )
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, bool(header.get("additive", False))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise AdapterFileError(f"{path}: cannot be read as a safetensors file ({error}).") from error

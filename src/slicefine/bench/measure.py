@@ -94,7 +94,8 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
     Raises:
         BenchError: if a method does not compute what it should; then nothing is timed.
     """
-    keep_freed_memory()  # in this process: peak memory is measured in others
+    if settings.keep_memory:  # in this process: peak memory is measured in others
+        keep_freed_memory()
     device, dtype = torch.device(settings.device), settings.torch_dtype
     names = settings.method_names()[2:]
     rows: dict[str, Row] = {}

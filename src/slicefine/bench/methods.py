@@ -70,6 +70,21 @@ def _sliced(mode: str, r: int, moves_made: int = 0, **settings: Any) -> Method:
     return Method(build, slices=True)
 
 
+def _beside(mode: str, r: int, moves_made: int) -> Method:
+    """Slices beside a weight that is never written, as over a quantised base, some of them visited before."""
+
+    def build(model: Any, family: str) -> Any:
+        from ..tuner import attach
+
+        head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        tuner = attach(model, mode=mode, r=r, interval=10**9, additive=True, exclude_modules=head)
+        for _ in range(moves_made):
+            tuner.move()
+        return model
+
+    return Method(build, slices=True)
+
+
 def _windowed(share: float, down: float) -> Method:
     """Five columns under a window of a share of the blocks, ``down`` of the way from the top place to the lowest."""
     sliced = _sliced("column", 5, window=share)
@@ -159,6 +174,9 @@ METHODS: dict[str, Method] = {
     FLOOR: Method(_frozen),
     "floor again": Method(_frozen),
     **{f"{mode} r={r}": _sliced(mode, r) for mode in ("row", "column", "alternate") for r in (1, 5, 12, 32)},
+    "additive column r=5": _beside("column", 5, 0),
+    "additive column r=5 after 8 moves": _beside("column", 5, 8),
+    "additive row r=5 after 8 moves": _beside("row", 5, 8),
     "random mask": _sliced("random_mask", 5),
     # a window costs less the higher it lies; one that moves costs the mean of its places
     "window 1/2": _windowed(1 / 2, 0),
@@ -185,14 +203,18 @@ METHODS: dict[str, Method] = {
     "full": Method(_full),
 }
 
-_CORE = ("row r=5", "column r=5", "alternate r=5", "lora r=8", "listing 1 row r=5", "listing 1 column r=5")
+_CORE = ("row r=5", "column r=5", "alternate r=5", "lora r=8", "listing 1 row r=5")
 SUITES: dict[str, tuple[str, ...]] = {
     "core": _CORE,
     "ranks": tuple(f"{mode} r={r}" for mode in ("row", "column", "alternate") for r in (1, 5, 12, 32)),
     "windows": ("column r=5", "window 1/2", "window 1/2 low", "window 1/3", "window 1/3 middle", "window 1/3 low"),
     # the paper's Figure 4 (bf16, batch 64): its own method at the two ranks, and the rivals that it names
     "figure4": ("row r=1", "column r=1", "row r=5", "column r=5", "lora r=8", "adalora", "hra", "ln tuning", "full"),
-    "peft": (*_CORE[:3], *(n for n in METHODS if METHODS[n].build not in (_frozen, _full) and not METHODS[n].slices)),
+    "peft": (
+        *_CORE[:3],
+        "random mask",
+        *(n for n in METHODS if METHODS[n].build not in (_frozen, _full) and not METHODS[n].slices),
+    ),
     "full": tuple(name for name in METHODS if not name.startswith(FLOOR)),
 }
 

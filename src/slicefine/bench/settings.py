@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class BenchSettings:
             memory and model size; it is sized for a GPU, so give a smaller batch elsewhere), or full (everything).
         methods: names of single methods, instead of a suite; a list, or one text with commas, as for models.
         rounds: timed rounds; every method makes one step per round.
-        warmup: rounds before them that are not timed.
+        warmup: rounds before them that are not timed, beside the step that every method makes when it is built.
         layers: number of layers; null is the shape's.
         width: hidden size; null is the shape's.
         batch: rows per step; null is the shape's.
@@ -43,6 +44,8 @@ class BenchSettings:
         together: methods that are held in memory and interleaved at a time, beside the floor; null takes eight, or as
             many as there is memory for.
         memory: measure peak memory as well, on a CPU each method in a process of its own; null does so for figure4.
+        keep_memory: let the C library keep freed memory for the next step, as a GPU's allocator does, instead of
+            handing it back (CPU, Linux with glibc); what a method allocates then costs it no page faults.
         output: folder for bench.json and bench.png; null writes none.
         seed: of weights and inputs.
     """
@@ -51,7 +54,7 @@ class BenchSettings:
     suite: str = "core"
     methods: list[str] | str | None = None
     rounds: int = 10
-    warmup: int = 1
+    warmup: int = 0
     layers: int | None = None
     width: int | None = None
     batch: int | None = None
@@ -65,6 +68,7 @@ class BenchSettings:
     threads: int | None = None
     together: int | None = None
     memory: bool | None = None
+    keep_memory: bool = False
     output: str | None = None
     seed: int = 0
 
@@ -96,6 +100,8 @@ class BenchSettings:
             raise ConfigError(f"bench.device={self.device!r} is unknown; expected cpu or cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("bench.device=cuda, but PyTorch sees no GPU; use --device cpu.")
+        if self.keep_memory and (gpu or sys.platform != "linux"):
+            raise ConfigError("bench.keep_memory=true is for a CPU on Linux; leave it out here.")
         self.method_names()
         self.shapes()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-__all__ = ["SHAPES", "Shape", "find_shape", "make_batch", "make_model", "step_loss"]
+__all__ = ["SHAPES", "Shape", "find_shape", "loss_of", "make_batch", "make_model", "step_loss"]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,11 @@ def step_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
     Of all features it would be constant after a norm, and its gradients rounding errors.
     """
-    output = model(**batch)
+    return loss_of(model(**batch), batch)
+
+
+def loss_of(output: Any, batch: dict[str, Tensor]) -> Tensor:
+    """See `step_loss`."""
     if "labels" in batch:
         loss: Tensor = output.loss
         return loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SliceFineError
+from ..errors import SliceFineError, UnsupportedError
 from ..mover import movers_of
 from .methods import Method, make_optimizer
-from .shapes import step_loss
+from .shapes import loss_of, step_loss
 
 __all__ = [
     "BenchError",
@@ -54,18 +53,19 @@ def enable_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed for the next step, as a GPU's caching allocator does; False on other systems.
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, in all of this process.
 
-    By default it hands large blocks back to the system, and which of them depends on what was allocated before: a
-    method's ratio to the floor then counts page faults that have nothing to do with the method.
+    By default it hands large blocks back to the system, and which of them depends on what was allocated before.
+
+    Raises:
+        UnsupportedError: if the C library has no ``mallopt``, or does not take a setting.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     most = 2**31 - 1  # of the C int that it takes
     wanted = {_M_MMAP_THRESHOLD: most, _M_TRIM_THRESHOLD: most, _M_TOP_PAD: 2**28, _M_ARENA_MAX: 1}
-    return all([mallopt(option, value) for option, value in wanted.items()])
+    if mallopt is None or not all(mallopt(option, value) for option, value in wanted.items()):
+        raise UnsupportedError("bench: this system's C library cannot be told to keep memory; leave keep_memory out.")
 
 
 def kept_bytes(model: Any, forward: Callable[[], Any]) -> int:
@@ -203,7 +203,13 @@ class Workload:
     def file_bytes(self) -> int:
         """Bytes of the file that a user keeps: the adapter, or what was trained."""
         if not hasattr(self.model, "peft_config"):
-            return sum(p.numel() * p.element_size() for p in self.trained)
+            visited = [
+                tensor
+                for mover in movers_of(self.model)
+                for layer in mover.layers.values()
+                for tensor in layer.file_tensors(mover.name).values()
+            ]
+            return sum(t.numel() * t.element_size() for t in (*self.trained, *visited))
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)
             return sum(file.stat().st_size for file in Path(folder).iterdir())
@@ -255,13 +261,6 @@ class Workload:
 
     # -- correct before it is timed -------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def output(self) -> Tensor:
-        """Logits or hidden states on the batch."""
-        result = self.forward(**self.batch)
-        tensor: Tensor = result.logits if "labels" in self.batch else result.last_hidden_state
-        return tensor.float()
-
     def check(self, expected: Tensor, gradients: dict[str, Tensor] | None) -> None:
         """Raise `BenchError` unless the method starts as the base and trains what it says.
 
@@ -269,12 +268,13 @@ class Workload:
             expected: the base model's output on the batch.
             gradients: dense gradients of the base's weights by name, for slices; None leaves that check out.
         """
-        scale = float(expected.abs().max())
-        error = float((self.output() - expected).abs().max()) / scale
+        output = self.forward(**self.batch)
+        found = (output.logits if "labels" in self.batch else output.last_hidden_state).detach().float()
+        error = float((found - expected).abs().max()) / float(expected.abs().max())
         tolerance = 1e-4 if next(self.model.parameters()).dtype == torch.float32 else 5e-2
         if not error <= tolerance:
             raise BenchError(f"{self.name}: its output differs from the base model's by {error:.1e} of the largest.")
-        step_loss(self.forward, self.batch).backward()  # type: ignore[no-untyped-call]
+        loss_of(output, self.batch).backward()  # type: ignore[no-untyped-call]
         reached = [p.grad for p in self.trained if p.grad is not None]
         if self.trained and (not reached or not all(bool(gradient.isfinite().all()) for gradient in reached)):
             raise BenchError(f"{self.name}: no gradient, or one that is not finite, reaches what it trains.")

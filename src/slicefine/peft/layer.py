@@ -109,7 +109,7 @@ class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
         """Dense ``trained - original`` of one adapter, shaped like the base layer's weight."""
         self._settle(adapter)
         with self.reverted() as weight:
-            delta = torch.zeros_like(weight)
+            delta = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
             for block, values in self.states[adapter].journal.deltas(weight):
                 from ..functional import read_block
 

@@ -1,0 +1,134 @@
+"""Slices beside a weight that must not be written: visited lines in two packed blocks, and the product with them.
+
+Quantised weights cannot hold single trained rows or columns, and some weights are shared with other processes. There
+the layer computes ``y = W x + D x``, where only the visited lines of ``D`` exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedError
+from .geometry import Slice
+
+__all__ = ["PackedDelta"]
+
+
+class _Lines:
+    """Lines of one axis, in the order in which they were first written."""
+
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.slots: dict[int, int] = {}  # line of the matrix -> line of `values`
+        self.index = torch.empty(0, dtype=torch.int64, device=device)
+        self.values = torch.empty(0, length, dtype=dtype, device=device)
+
+    def add(self, lines: list[int]) -> None:
+        new = [line for line in lines if line not in self.slots]
+        if new:
+            self.slots |= {line: len(self.slots) + i for i, line in enumerate(new)}
+            self.index = torch.cat([self.index, torch.tensor(new, device=self.index.device)])
+            self.values = torch.cat([self.values, self.values.new_zeros(len(new), self.values.shape[1])])
+
+    def places(self, lines: list[int]) -> Tensor:
+        return torch.tensor([self.slots[line] for line in lines], device=self.index.device)
+
+
+class PackedDelta:
+    """A matrix of zeros of which only the lines that were written exist: the trained part of a weight, beside it.
+
+    It is read and written block by block, like a dense matrix (`slicefine.functional`), and bit for bit. An entry
+    where a row and a column cross belongs to the one that was written last and is zero in the other, so that the
+    product counts it once. Memory: ``visited rows x in + visited columns x out`` entries.
+
+    Args:
+        shape: ``(rows, columns)`` of the matrix.
+        dtype: of the values.
+        device: where they live.
+
+    Example:
+        >>> delta = PackedDelta((4, 3), torch.float32, torch.device("cpu"))
+        >>> delta.write(Slice("row", 1, 1), torch.ones(1, 3))
+        >>> delta.add_product(torch.ones(2, 3), torch.zeros(2, 4))[0]
+        tensor([0., 3., 0., 0.])
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = torch.Size(shape)
+        self.dtype, self.device = dtype, device
+        self.version = 0  # of the content and of where it lies; writes through `view` do not count
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all lines: the matrix is zero again."""
+        rows, columns = self.shape
+        self._axes = {
+            "row": _Lines(columns, self.dtype, self.device),
+            "column": _Lines(rows, self.dtype, self.device),
+        }
+        self.version += 1
+
+    def read(self, block: Slice) -> Tensor:
+        """Copy of a block's values as lines."""
+        own, other = self._of(block)
+        values = torch.zeros(block.width, own.values.shape[1], dtype=self.dtype, device=self.device)
+        lines = list(block.indices())
+        there = [i for i, line in enumerate(lines) if line in own.slots]
+        if there:
+            values[there] = own.values[own.places([lines[i] for i in there])]
+        values[:, other.index] += other.values.narrow(1, block.start, block.width).t()
+        return values
+
+    def write(self, block: Slice, values: Tensor) -> None:
+        """Overwrite a block's entries with ``values`` (lines), converted to the matrix' dtype."""
+        own, other = self._of(block)
+        lines = list(block.indices())
+        own.add(lines)
+        own.values[own.places(lines)] = values.to(own.values)
+        other.values.narrow(1, block.start, block.width).zero_()
+        self.version += 1
+
+    def view(self, block: Slice) -> Tensor | None:
+        """View of a block's lines that may be written until the next `write`; None if they do not lie together."""
+        self.write(block, self.read(block))  # from now on its crossings belong to it
+        own, _ = self._of(block)
+        slots = [own.slots[line] for line in block.indices()]
+        if slots != list(range(slots[0], slots[0] + block.width)):
+            return None
+        return own.values.narrow(0, slots[0], block.width)
+
+    def add_product(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y + x D.T`` for inputs ``(..., columns)`` and outputs ``(..., rows)``; nothing of the size of D is made.
+
+        Gradients flow to ``x`` and ``y``, not to the lines: a layer's active block has a gradient of its own.
+        """
+        row, column = self._axes["row"], self._axes["column"]
+        if row.slots:
+            y = y.index_add(-1, row.index, torch.nn.functional.linear(x, row.values).to(y.dtype))
+        if column.slots:
+            y = y + torch.matmul(x.index_select(-1, column.index), column.values).to(y.dtype)
+        return y
+
+    @torch.no_grad()
+    def add_to(self, weight: Tensor) -> None:
+        """Add the lines to a dense ``(rows, columns)`` weight in place; rounding makes this final."""
+        row, column = self._axes["row"], self._axes["column"]
+        weight.index_add_(0, row.index, row.values.to(weight.dtype))
+        weight.index_add_(1, column.index, column.values.t().to(weight.dtype))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Put the lines through ``fn``: to another device or dtype, as ``nn.Module.to`` does with parameters."""
+        for lines in self._axes.values():
+            lines.values = fn(lines.values)
+            lines.index = lines.index.to(lines.values.device)
+            self.dtype, self.device = lines.values.dtype, lines.values.device
+        self.version += 1
+
+    def _of(self, block: Slice) -> tuple[_Lines, _Lines]:
+        if block.axis == "entries":
+            raise UnsupportedError(
+                "a random mask has no lines to keep beside a weight: it trains a dense weight in place only."
+            )
+        return self._axes[block.axis], self._axes["column" if block.axis == "row" else "row"]

@@ -1,0 +1,194 @@
+"""Slices beside a weight: the packed lines read as a matrix, and training equals training in place."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from core_helpers import batches, mlp, step
+from slicefine import attach
+from slicefine.errors import AdapterFileError, ConfigError, UnsupportedError
+from slicefine.functional import block_view, read_block, write_block
+from slicefine.geometry import Slice
+from slicefine.packed import PackedDelta
+
+SHAPE = (5, 6)
+BLOCKS = [*(Slice("row", start, 2) for start in (0, 1, 3)), *(Slice("column", start, 3) for start in (0, 2, 3))]
+MODES = {"row": {"r": 2}, "column": {"r": 3}, "alternate": {"r_row": 2, "r_column": 3}}
+
+
+def packed(dtype=torch.float64):
+    return PackedDelta(SHAPE, dtype, torch.device("cpu"))
+
+
+def as_dense(delta):
+    return delta.read(Slice("row", 0, SHAPE[0]))
+
+
+@given(st.lists(st.tuples(st.sampled_from(BLOCKS), st.sampled_from(["write", "view", "zero"]), st.integers(0, 9))))
+def test_it_is_a_matrix_of_zeros_until_written(actions):
+    delta, dense = packed(), torch.zeros(SHAPE, dtype=torch.float64)
+    for block, action, seed in actions:
+        values = torch.randn(block_view(dense, block).shape, generator=torch.Generator().manual_seed(seed)).double()
+        values = torch.zeros_like(values) if action == "zero" else values
+        view = delta.view(block) if action == "view" else None
+        if view is None:
+            write_block(delta, block, values)
+        else:
+            assert torch.equal(view, read_block(dense, block))
+            view.copy_(values)
+        write_block(dense, block, values)
+        for other in BLOCKS:
+            assert torch.equal(read_block(delta, other), read_block(dense, other))
+    x, y = torch.randn(2, 3, SHAPE[1]).double(), torch.randn(2, 3, SHAPE[0]).double()
+    assert_close(delta.add_product(x, y), y + F.linear(x, dense))
+    weight = torch.ones(SHAPE, dtype=torch.float64)
+    delta.add_to(weight)
+    assert_close(weight, 1 + dense)
+
+
+def test_blocks_that_lie_together_are_written_through_a_view_and_others_are_not():
+    delta = packed()
+    assert delta.view(Slice("row", 1, 2)) is not None
+    assert delta.view(Slice("row", 0, 2)) is None  # its second line came first
+
+
+def test_the_product_is_differentiable_in_what_goes_in():
+    delta = packed()
+    for block in (BLOCKS[0], BLOCKS[-1]):
+        write_block(delta, block, torch.randn(read_block(delta, block).shape, dtype=torch.float64))
+    x, y = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (SHAPE[1], SHAPE[0]))
+    assert torch.autograd.gradcheck(delta.add_product, (x, y))
+
+
+def test_a_random_mask_is_refused():
+    with pytest.raises(UnsupportedError, match="a random mask has no lines"):
+        packed().read(Slice("entries", 0, 4))
+    with pytest.raises(ConfigError, match="cannot be additive"):
+        attach(mlp(), mode="random_mask", additive=True, interval=5)
+
+
+def matrices(tuner):
+    return [layer.packed.read(Slice("row", 0, layer.shape[0])) for layer in tuner.layers.values()]
+
+
+def trained(mode, additive, optimizer, steps=120, **settings):
+    model = mlp()
+    tuner = attach(model, mode=mode, additive=additive, interval=7, **MODES[mode], **settings)
+    made = optimizer(tuner.parameters())
+    for x, y in batches(steps):
+        step(model, made, x, y)
+    return model, tuner
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0),
+}
+
+
+@pytest.mark.parametrize("policy", ["reset", "rewarm", "keep"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_training_beside_the_weight_equals_training_in_it(mode, optimizer, policy):
+    base = mlp()
+    model, tuner = trained(mode, True, OPTIMIZERS[optimizer], state_policy=policy)
+    twin, dense = trained(mode, False, OPTIMIZERS[optimizer], state_policy=policy)
+    x = batches(1, seed=9)[0][0]
+    assert tuner.mover.visits == dense.mover.visits > 10
+    assert_close(model(x), twin(x))
+    for (name, layer), delta in zip(tuner.layers.items(), matrices(tuner), strict=True):
+        assert torch.equal(layer.base_layer.weight, base.get_submodule(name).weight)  # never written
+        assert_close(layer.base_layer.weight + delta, dense.layers[name].weight)
+    with tuner.disabled():
+        assert torch.equal(model(x), base(x))
+    for ours, theirs in zip(tuner.delta().values(), dense.delta().values(), strict=True):
+        assert [s for s, _ in ours] == [s for s, _ in theirs]
+        for (_, a), (_, b) in zip(ours, theirs, strict=True):
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_disabling_between_steps_changes_nothing(mode):
+    """Coming back writes block after block, so another line may own a crossing: kept views must not survive it."""
+    results = []
+    for interrupted in (False, True):
+        model = mlp()
+        tuner = attach(model, mode=mode, additive=True, interval=4, **MODES[mode])
+        optimizer = OPTIMIZERS["sgd"](tuner.parameters())
+        for x, y in batches(30):
+            step(model, optimizer, x, y)
+            if interrupted:
+                with tuner.disabled():
+                    model(x)
+        results.append(model(batches(1, seed=9)[0][0]))
+    assert_close(*results)  # who owns a crossing decides the order of a sum
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_undo_and_files_and_copies(mode, tmp_path):
+    model, tuner = trained(mode, True, OPTIMIZERS["sgd"], steps=30)
+    x = batches(1, seed=9)[0][0]
+    lines = matrices(tuner)
+    tuner.move()
+    tuner.undo()
+    assert all(map(torch.equal, matrices(tuner), lines))
+    before = model(x)
+    assert_close(copy.deepcopy(model)(x), before)  # who owns a crossing decides the order of a sum
+    tuner.save(tmp_path / "a.safetensors")
+    other = mlp()
+    again = attach(other, mode=mode, additive=True, interval=7, **MODES[mode])
+    again.load(tmp_path / "a.safetensors")
+    assert all(map(torch.equal, matrices(again), matrices(tuner)))
+    assert_close(other(x), before)
+    assert {k: [s for s, _ in v] for k, v in again.delta().items()} == {
+        k: [s for s, _ in v] for k, v in tuner.delta().items()
+    }
+
+
+@pytest.mark.parametrize("additive", [True, False])
+def test_a_file_of_the_other_kind_is_refused(additive, tmp_path):
+    _, tuner = trained("row", additive, OPTIMIZERS["sgd"], steps=3)
+    tuner.save(tmp_path / "a.safetensors")
+    other = attach(mlp(), mode="row", r=2, additive=not additive, interval=7)
+    with pytest.raises(AdapterFileError, match=f"written with additive={additive}.*attach with additive={additive}"):
+        other.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_unloading(merge):
+    base = mlp()
+    model, tuner = trained("alternate", True, OPTIMIZERS["sgd"], steps=30)
+    x = batches(1, seed=9)[0][0]
+    wanted = model(x) if merge else base(x)
+    plain = tuner.unload(merge=merge)
+    assert all(type(module) in (nn.Linear, nn.Tanh) for module in plain)
+    assert_close(plain(x), wanted, rtol=0 if not merge else None, atol=0 if not merge else None)
+
+
+def test_it_follows_the_model_to_another_precision():
+    model, _ = trained("alternate", True, OPTIMIZERS["sgd"], steps=30)
+    x = batches(1, seed=9)[0][0]
+    before = model(x)
+    assert_close(model.to(torch.float32)(x.float()), before.float())
+
+
+def test_nothing_of_the_weights_size_is_made():
+    from core_helpers import Allocations
+
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 48))
+    tuner = attach(model, mode="alternate", r=2, additive=True, interval=2)
+    optimizer = OPTIMIZERS["sgd"](tuner.parameters())
+    x, y = torch.randn(3, 64), torch.randn(3, 48)
+    step(model, optimizer, x, y)
+    with Allocations() as seen:
+        for _ in range(7):
+            step(model, optimizer, x, y)
+    assert seen.largest < 48 * 96 / 4
