@@ -22,3 +22,12 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for row in record["large move"]:
         assert 0 < row["largest_allocation"] < row["largest_weight"]
     assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--out", str(tmp_path / "c.json"), "--smoke", "--rounds", "2", "--models", "llama"]
+    monkeypatch.setattr(sys, "argv", ["compiled.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "compiled.py"), run_name="__main__")
+    rows = json.loads((tmp_path / "c.json").read_text())["results"]
+    assert len({(row["method"], row["compiled"]) for row in rows}) == 10
+    assert rows[0]["ratio"] == 1.0

@@ -60,7 +60,7 @@ def test_state_and_activations_are_those_of_a_step(tmp_path: Path, mode, r):
     optimizer.step()
     assert forecast.state == state_bytes(optimizer) > 8 * forecast.trainable
     assert forecast.memory > forecast.kept + forecast.state
-    assert forecast.ratio > 0
+    assert forecast.ratio > 0 < forecast.seconds
 
 
 def test_a_window_is_forecast_at_its_costliest(tmp_path: Path):

@@ -103,8 +103,8 @@ def measure_shape(settings: BenchSettings, shape: Shape, report: Callable[[str],
     noise = 0.0
     base = make_model(shape, settings.seed).to(device, dtype)
     batch = make_batch(shape, device, dtype, settings.seed + 1)
-    if settings.checkpointing:
-        enable_checkpointing(base)
+    if settings.recompute is not None:
+        enable_checkpointing(base, settings.recompute)
     expectations = _expectations(base, batch)
     together = settings.together or _fitting(base, device)
     groups = [names[at : at + together] for at in range(0, max(1, len(names)), together)]
@@ -149,7 +149,7 @@ def _workload(settings: BenchSettings, name: str, base: nn.Module, shape: Shape,
     kind = Workload
     if settings.loop == "trainer":
         from .through_trainer import TrainerWorkload as kind  # noqa: N813
-    return kind(name, find_method(name), base, shape.family, batch, settings.checkpointing, settings.compiled)
+    return kind(name, find_method(name), base, shape.family, batch, settings.recompute, settings.compiled)
 
 
 def _expectations(base: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -197,7 +197,6 @@ def _measure_group(
             continue
         workload.check(*expectations)
         files[name] = workload.file_bytes()  # before a timed move makes it grow
-        workload.step()
         workloads[name] = workload
     times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in workloads}
     gc.collect()

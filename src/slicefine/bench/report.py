@@ -24,7 +24,7 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
     shape = result.shape
     size = f"{shape.batch} x {shape.length} tokens" if shape.items[1] == "tokens" else f"{shape.batch} {shape.items[1]}"
     flags = [f"{settings.loop} loop"] + [
-        name for name in ("checkpointing", "compiled", "lm_head", "keep_memory") if getattr(settings, name)
+        name for name in ("checkpointing", "reentrant", "compiled", "lm_head", "keep_memory") if getattr(settings, name)
     ]
     table = Table(
         title=f"{shape.name}: {shape.layers} layers, width {shape.width}, batch {size}, {settings.dtype}, "

@@ -29,7 +29,7 @@ class BenchSettings:
             memory and model size; it is sized for a GPU, so give a smaller batch elsewhere), or full (everything).
         methods: names of single methods, instead of a suite; a list, or one text with commas, as for models.
         rounds: timed rounds; every method makes one step per round.
-        warmup: rounds before them that are not timed, beside the step that every method makes when it is built.
+        warmup: rounds before them that are not timed, beside the forward and backward that check every method.
         layers: number of layers; null is the shape's.
         width: hidden size; null is the shape's.
         batch: rows per step; null is the shape's.
@@ -38,6 +38,7 @@ class BenchSettings:
         device: cpu or cuda.
         dtype: float32, bfloat16 or float16; null takes bfloat16 on a GPU and for figure4, else float32.
         checkpointing: recompute activations in the backward pass.
+        reentrant: with checkpointing, the older, re-entrant kind.
         compiled: run every model through torch.compile.
         loop: bare, or trainer: through transformers' Trainer, whose own work per step then counts as well.
         threads: CPU threads; null leaves them.
@@ -63,6 +64,7 @@ class BenchSettings:
     device: str = "cpu"
     dtype: str | None = None
     checkpointing: bool = False
+    reentrant: bool = False
     compiled: bool = False
     loop: str = "bare"
     threads: int | None = None
@@ -100,6 +102,8 @@ class BenchSettings:
             raise ConfigError(f"bench.device={self.device!r} is unknown; expected cpu or cuda.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("bench.device=cuda, but PyTorch sees no GPU; use --device cpu.")
+        if self.reentrant and not self.checkpointing:
+            raise ConfigError("bench.reentrant=true is a kind of checkpointing; set bench.checkpointing=true, too.")
         if self.keep_memory and (gpu or sys.platform != "linux"):
             raise ConfigError("bench.keep_memory=true is for a CPU on Linux; leave it out here.")
         self.method_names()
@@ -114,6 +118,11 @@ class BenchSettings:
     def method_names(self) -> list[str]:
         """The floor twice, then the methods in order."""
         return methods_of(self.suite, None if self.methods is None else _names(self.methods))
+
+    @property
+    def recompute(self) -> bool | None:
+        """Whether the recomputation of activations is re-entrant; None if there is none."""
+        return self.reentrant if self.checkpointing else None
 
     @property
     def torch_dtype(self) -> torch.dtype:

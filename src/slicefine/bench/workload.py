@@ -44,9 +44,9 @@ def gradients_to_inputs(model: Any) -> Any:
     return model.get_input_embeddings().register_forward_hook(lambda _, args, y: y.requires_grad_())
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Without re-entrance, under the name that this version of transformers has for it."""
-    kwargs = {"use_reentrant": False}
+def enable_checkpointing(model: Any, reentrant: bool = False) -> None:
+    """Recompute activations in the backward pass, under the name that this version of transformers has for it."""
+    kwargs = {"use_reentrant": reentrant}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     else:
@@ -131,7 +131,7 @@ class Workload:
         base: the frozen model; it is copied.
         family: its family, for methods that name layers.
         batch: the inputs of every step.
-        checkpointing: recompute activations in the backward pass.
+        recompute: recompute activations in the backward pass: True for the re-entrant kind, None for not at all.
         compiled: run the model through ``torch.compile``.
     """
 
@@ -142,28 +142,30 @@ class Workload:
         base: Any,
         family: str,
         batch: dict[str, Tensor],
-        checkpointing: bool = False,
+        recompute: bool | None = None,
         compiled: bool = False,
     ) -> None:
         self.name, self.method, self.batch = name, method, batch
         self.base_bytes = sum(t.numel() * t.element_size() for t in _weights(base))
         self.model: Any = method.build(copy.deepcopy(base), family).train()
-        if checkpointing:
-            enable_checkpointing(self.model)
+        if recompute is not None:
+            enable_checkpointing(self.model, recompute)
         if method.to_inputs:
             gradients_to_inputs(self.model)
         self.optimizer = make_optimizer(method, self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
         self.device = next(iter(batch.values())).device
-        # alternate mode's two orientations cost differently: its steps take turns
+        # alternate mode's two orientations cost differently: row, column, column, row, row, and so on
         self.turns = method.slices and name.startswith("alternate")
+        self._steps = 0
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def step(self) -> tuple[float, float, float]:
         """Seconds of forward, backward, and the optimizer with everything that hangs on it."""
-        if self.turns:
+        self._steps += 1
+        if self.turns and self._steps % 2 == 0:
             movers_of(self.model)[0].move()  # its own time is measured apart,
             timed_step(lambda: step_loss(self.forward, self.batch), self.optimizer)  # and a position has many steps
         return timed_step(lambda: step_loss(self.forward, self.batch), self.optimizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..errors import SliceFineError
 
@@ -11,7 +12,7 @@ __all__ = ["main"]
 
 _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
-    *("lm_head", "checkpointing", "compiled", "memory"),
+    *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory"),
     *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
 
@@ -39,12 +40,13 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import bench, eval, info, merge, plan, train
+    from . import bench, compose, eval, export, info, merge, plan, train
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
-    verbs = {"train": train, "eval": eval, "merge": merge, "info": info, "plan": plan, "bench": bench}
+    verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
+    verbs |= {"info": info, "plan": plan, "bench": bench}
     for name, verb in verbs.items():
         commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
     chosen = parser.parse_args(normalise(argv))

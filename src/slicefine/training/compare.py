@@ -48,14 +48,14 @@ def compare(
 def _table(found: list[Forecast], memory: float | None) -> Table:
     table = Table(title="what each mode and rank would cost")
     table.add_column("slices", no_wrap=True)
-    for column in ("active", "changed", "kept MiB", "state MiB", "memory MiB", "/ frozen", "file MiB"):
+    for column in ("active", "changed", "kept MiB", "state MiB", "memory MiB", "s/step", "/ frozen", "file MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     if memory is not None:
         table.add_column("fits", justify="right")
     for item in found:
         sizes = [f"{size / 2**20:,.1f}" for size in (item.kept, item.state, item.memory)]
-        cells = [f"{item.mode} r={item.r}", f"{item.trainable:,}", f"{item.changed:,}", *sizes, f"{item.ratio:.2f}"]
-        cells.append(f"{item.file / 2**20:,.2f}")
+        cells = [f"{item.mode} r={item.r}", f"{item.trainable:,}", f"{item.changed:,}", *sizes]
+        cells += [f"{item.seconds:.3g}", f"{item.ratio:.2f}", f"{item.file / 2**20:,.2f}"]
         if memory is not None:
             cells.append("yes" if item.memory <= memory * 2**30 else "no")
         table.add_row(*cells)

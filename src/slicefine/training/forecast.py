@@ -43,6 +43,7 @@ class Forecast:
         kept: activations kept for backward, of the largest batch looked at and the costliest position.
         state: AdamW's state.
         memory: what must fit at once; buffers that live within one operation come on top.
+        seconds: of a step, forward, backward and optimizer (mean over batches, orientations and windows).
         ratio: step time / that of the frozen model (median over batches, mean over orientations and windows).
         file: the adapter file at the end.
         moves: the steps after which slices move.
@@ -55,6 +56,7 @@ class Forecast:
     kept: int
     state: int
     memory: int
+    seconds: float
     ratio: float
     file: int
     moves: list[int]
@@ -129,12 +131,13 @@ def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str,
         mover.settings = replace(mover.settings, interval=10**9)  # the steps below must not move
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-        kept, ratios = 0, []
+        kept, seconds, ratios = 0, [], []
         for number in range(min(len(moves) + 1, _distinct_visits(mover))):
             if number:
                 mover.move()
             kept = max(kept, *(_kept(model, batch, settings) for batch in batches))
             own = [_seconds(model, batch, settings, rounds, optimizer) for batch in batches]
+            seconds += own
             ratios.append(statistics.median(mine / other for mine, other in zip(own, floor, strict=True)))
         state = state_bytes(optimizer)
         return Forecast(
@@ -145,6 +148,7 @@ def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str,
             kept=kept,
             state=state,
             memory=_bytes(model.parameters()) + _bytes(trained) + state + kept,
+            seconds=statistics.mean(seconds),
             ratio=statistics.mean(ratios),
             file=adapter_bytes(mover, len(moves)) + 4 * counts["head"],
             moves=moves,
