@@ -28,13 +28,13 @@ from cli_helpers import (
 )
 from slicefine.energy import input_energy
 from slicefine.errors import AdapterFileError, ConfigError, DataError, NumericalError
+from slicefine.files.writing import atomic_folder
 from slicefine.geometry import Slice, block_start
 from slicefine.training import run as run_module
 from slicefine.training import session as session_module
 from slicefine.training.contents import read_contents
 from slicefine.training.counts import touched_entries
 from slicefine.training.evaluate import evaluate, merge
-from slicefine.training.folders import atomic_folder
 from slicefine.training.plan import make_plan
 from slicefine.training.run import train
 from slicefine.training.session import build

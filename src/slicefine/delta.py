@@ -13,7 +13,7 @@ Rows, columns and entries follow from the journal, so values need no indices. Ab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from torch import Tensor
 from .errors import AdapterFileError
 from .functional import Matrix
 from .geometry import AXES, Slice, line_length, touched
-from .journal import Journal, read_table
+from .journal import Journal, Visit, read_table, visit_table
 
-__all__ = ["Delta", "KINDS", "expected_shapes", "pack", "unpack"]
+__all__ = ["Delta", "KINDS", "expected_shapes", "pack", "pack_values", "unpack"]
 
 # the one type that flows: training produces it; saving, merging, exporting and analysing consume it
 Delta = dict[str, list[tuple[Slice, Tensor]]]
@@ -39,10 +39,15 @@ def pack(journal: Journal, weight: Matrix) -> dict[str, Tensor]:
         journal: the adapter's journal on this weight.
         weight: the matrix ``(rows, columns)`` that it is or is not applied to.
     """
-    active = journal.active
+    return pack_values(journal.visits, dict(journal.trained(weight)))
+
+
+def pack_values(visits: Sequence[Visit], trained: Mapping[Slice, Tensor]) -> dict[str, Tensor]:
+    """As `pack`, of the visits and of what stands in each visited slice, in the order of first visit."""
+    active = visits[-1].slice
     lines: dict[str, dict[int, Tensor]] = {"row": {}, "column": {}}
     draws: list[Tensor] = []
-    for block, values in journal.trained(weight):
+    for block, values in trained.items():
         if block == active:
             continue
         if block.axis == "entries":
@@ -51,7 +56,7 @@ def pack(journal: Journal, weight: Matrix) -> dict[str, Tensor]:
             lines[block.axis].update(zip(block.indices(), values, strict=True))
     for i in active.indices() if active.axis != "entries" else ():
         lines[active.axis].pop(i, None)
-    tensors = {"journal": journal.table()}
+    tensors = {"journal": visit_table(visits)}
     for kind, axis in (("rows", "row"), ("columns", "column")):
         if lines[axis]:
             tensors[kind] = torch.stack([lines[axis][i] for i in sorted(lines[axis])])

@@ -8,6 +8,7 @@ All methods take the weight as a plain ``(rows, columns)`` tensor; the journal n
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .errors import AdapterFileError, UnsupportedError
 from .functional import Matrix, read_block, write_block
 from .geometry import AXES, Slice, entry_indices, shared_entries
 
-__all__ = ["Journal", "Visit"]
+__all__ = ["Journal", "Visit", "read_table", "visit_table"]
 
 
 class Visit(NamedTuple):
@@ -131,6 +132,11 @@ class Journal:
         self._originals.clear()
         self.applied = False
 
+    def original(self, weight: Matrix) -> Tensor:
+        """What the first visited slice replaced, wherever it is now."""
+        first = self.visits[0].slice
+        return self._originals[first] if self.applied else read_block(weight, first)
+
     def deltas(self, weight: Matrix) -> list[tuple[Slice, Tensor]]:
         """``(slice, trained - original)`` of a reverted journal; each entry counted once, in its first slice.
 
@@ -157,8 +163,7 @@ class Journal:
 
     def table(self) -> Tensor:
         """The visits as an int64 tensor ``(visits, 5)``: axis, start, width, first step, last step."""
-        rows = [[AXES.index(v.slice.axis), *v.slice[1:], v.first_step, v.last_step] for v in self.visits]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+        return visit_table(self.visits)
 
     def trained(self, weight: Matrix) -> list[tuple[Slice, Tensor]]:
         """``(slice, trained values)`` of every visited slice, from wherever they are now."""
@@ -177,6 +182,12 @@ class Journal:
         self._originals.clear()
         self._before.clear()
         self.applied = False
+
+
+def visit_table(visits: Sequence[Visit]) -> Tensor:
+    """Visits as an int64 tensor ``(visits, 5)``: axis, start, width, first step, last step."""
+    rows = [[AXES.index(v.slice.axis), *v.slice[1:], v.first_step, v.last_step] for v in visits]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
 
 
 def read_table(table: Tensor) -> list[Visit]:

@@ -18,7 +18,7 @@ from .geometry import Slice, line_length
 from .journal import read_table
 from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at
-from .state import ORIGINALS, AdapterState, AdapterTensors
+from .state import ORIGINALS, AdapterState, AdapterTensors, base_sample, same_base
 from .window import Place
 
 __all__ = ["SliceLinear", "is_hidden", "is_transposed", "supports"]
@@ -377,9 +377,15 @@ class SliceLinear(nn.Module):
         tensors = {kind: t.detach() for kind, t in state.staged.items()}
         values = unpack(tensors, parameter, self.shape, state.layer_name)
         names = self.applied
+        table = tensors["journal"].cpu()
         state.staged, state.layout = {}, {}  # before anything is applied: applying settles, settling installs
         self.apply_only([])
-        state.journal.load(tensors["journal"].cpu(), values)
+        try:
+            self._check_base(name, table)
+        except AdapterFileError:
+            self.apply_only(names)
+            raise
+        state.journal.load(table, values)
         self._aim(name)
         half = parameter.dtype != self._base_weight.dtype  # then the weight cannot tell the master's values
         state.previous = parameter.detach().clone() if half else None
@@ -419,9 +425,33 @@ class SliceLinear(nn.Module):
         with self.reverted() as weight:
             return torch.cat([read_block(weight, block).reshape(-1) for block in journal.slices()])
 
-    def expect(self, name: str, layout: dict[str, tuple[int, ...]]) -> None:
-        """Announce the shapes that a file will bring, for loaders that compare shapes before they load."""
-        self.states[name].layout = layout
+    def expect(self, name: str, layout: dict[str, tuple[int, ...]], sample: Sequence[float] = ()) -> None:
+        """Announce what a file will bring.
+
+        Args:
+            name: the adapter.
+            layout: shapes of its tensors, for loaders that compare shapes before they load.
+            sample: values of the base that its slices were trained on (`weight_facts`); another base is refused.
+        """
+        self.states[name].layout, self.states[name].sample = layout, list(sample)
+
+    def weight_facts(self, name: str) -> dict[str, Any]:
+        """What a file says of the weight under adapter ``name``: shape, orientation, a sample of the base's values."""
+        sample = base_sample(self.states[name].journal.original(self.dense()).float())
+        return {"shape": list(self.shape), "transposed": is_transposed(self.base_layer), "sample": sample}
+
+    def _check_base(self, name: str, table: Tensor) -> None:
+        """Raise `AdapterFileError` unless the reverted weight is the one that a file's slices were trained on.
+
+        Precisions may differ: values are compared with the tolerance of bfloat16.
+        """
+        wanted = self.states[name].sample
+        found = base_sample(read_block(self.dense(), read_table(table)[0].slice).float()) if wanted else []
+        if not same_base(wanted, found):
+            raise AdapterFileError(
+                f"{self.label}: its weight is not the one that the adapter was trained on (it begins with {found[:1]}, "
+                f"not {wanted[:1]}). Slices hold values, which fit their own base model only: load that one."
+            )
 
     def combine(self, name: str, parts: dict[str, float]) -> None:
         """Add adapter ``name`` with the weighted sum of other adapters' deltas (same schedule), not applied."""
@@ -464,6 +494,9 @@ class SliceLinear(nn.Module):
                 "and mode it was trained with."
             )
         unpack(tensors, active, self.shape, self.label)
+        if self.states[name].sample and not self._base_weight.is_meta:
+            with self.reverted():
+                self._check_base(name, tensors["journal"])
 
     def load_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Install a file's tensors, ``active`` among them, in one go, or refuse them before anything changes."""

@@ -111,6 +111,10 @@ class PackedDelta:
             y = y + torch.matmul(x.index_select(-1, column.index), column.values).to(y.dtype)
         return y
 
+    def count_nonzero(self) -> int:
+        """How many entries are not zero; a crossing counts once."""
+        return sum(int(lines.values.count_nonzero()) for lines in self._axes.values())
+
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> None:
         """Add the lines to a dense ``(rows, columns)`` weight in place; rounding makes this final."""

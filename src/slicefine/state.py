@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from .journal import Journal
 from .schedule import Schedule
 from .window import Place
 
-__all__ = ["ORIGINALS", "AdapterState", "AdapterTensors", "new_stamp"]
+__all__ = ["ORIGINALS", "AdapterState", "AdapterTensors", "base_sample", "new_stamp", "same_base"]
 
 ORIGINALS = "originals"  # one more kind of tensor, for state dicts that hold whole weights; never in an adapter file
 _STAMPS = itertools.count(1)
@@ -21,6 +22,23 @@ _STAMPS = itertools.count(1)
 def new_stamp() -> int:
     """A number that no weight's content had before in this process."""
     return next(_STAMPS)
+
+
+def base_sample(values: Tensor, count: int = 16) -> list[float]:
+    """A few of a block's values, evenly spread: enough to tell one base model from another.
+
+    Example:
+        >>> base_sample(torch.arange(32.0).view(4, 8), count=4)
+        [0.0, 8.0, 16.0, 24.0]
+    """
+    flat = values.reshape(-1)
+    return [float(value) for value in flat[:: max(1, flat.numel() // count)][:count].tolist()]
+
+
+def same_base(wanted: Sequence[float], found: Sequence[float]) -> bool:
+    """Whether two samples are of one base model, whatever its precision (bfloat16's rounding is let pass)."""
+    scale = max(map(abs, wanted), default=0.0)
+    return len(wanted) == len(found) and all(abs(a - b) <= 0.01 * scale for a, b in zip(wanted, found, strict=True))
 
 
 class AdapterState:
@@ -38,6 +56,7 @@ class AdapterState:
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
         self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
+        self.sample: list[float] = []  # of the base that a file's slices were trained on, see `base_sample`
         self.place: Place | None = None  # under a window of blocks; None: the layer always trains
         self.idle = False  # outside the window now: the forward attaches no slice
         self.below = False  # idle, and below the window: no gradient should come here

@@ -11,9 +11,10 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..errors import ConfigError
+from ..errors import AdapterFileError, ConfigError
 from ..mover import MoveSettings
 from ..schedule import Schedule
+from ..tuner import FORMAT_VERSION
 from ..window import make_window
 from .registration import NAME
 
@@ -110,9 +111,19 @@ class SliceFineConfig(PeftConfig):
         default=None, metadata={"help": "Shapes of the saved tensors, filled in at save. Do not set."}
     )
 
+    weights: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "Shape, orientation and a sample of the base's weights. Do not set."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file. Do not set."})
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(NAME)
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise AdapterFileError(
+                f"the adapter has format version {self.format_version}, and this slicefine reads up to "
+                f"{FORMAT_VERSION}; update slicefine."
+            )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))

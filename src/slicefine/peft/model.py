@@ -147,7 +147,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         )
         layout = (peft_config.layout or {}).get(current_key)
         if layout is not None:
-            layer.expect(adapter_name, {kind: tuple(shape) for kind, shape in layout.items() if kind in KINDS})
+            facts = (peft_config.weights or {}).get(current_key, {})
+            shapes = {kind: tuple(shape) for kind, shape in layout.items() if kind in KINDS}
+            layer.expect(adapter_name, shapes, facts.get("sample", ()))
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -226,7 +228,12 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         # the parts' layers were visited at different times, so the sum stands under no window
         no_window = {"window": None, "window_order": "top-down", "window_dwell": "uniform"}
         config = self.peft_config[adapter_name] = replace(
-            configs[0], layout=None, target_modules=_all_targets(configs), modules_to_save=saved or None, **no_window
+            configs[0],
+            layout=None,
+            weights=None,
+            target_modules=_all_targets(configs),
+            modules_to_save=saved or None,
+            **no_window,
         )
         for wrapper, source in wrappers:
             wrapper.update(adapter_name)  # type: ignore[no-untyped-call]
@@ -280,11 +287,13 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         result = {key: tensor for key, tensor in result.items() if f".{cls.prefix}{ORIGINALS}" not in key}
-        layout: dict[str, dict[str, list[int]]] = {}
+        config.layout, config.weights = {}, {}
         for _, layer in layers:
             tensors = layer.file_tensors(adapter_name)
-            layout[layer.states[adapter_name].layer_name] = {k: list(t.shape) for k, t in tensors.items()}
-        config.layout = layout
+            name = layer.states[adapter_name].layer_name
+            config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
+            if not layer.states[adapter_name].deferred:
+                config.weights[name] = layer.weight_facts(adapter_name)
         return result
 
     @classmethod

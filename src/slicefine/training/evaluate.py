@@ -13,10 +13,10 @@ from rich.table import Table
 from transformers import Trainer, TrainingArguments
 
 from ..errors import ConfigError, DataError
+from ..files.writing import atomic_folder
 from ..tasks import Prepared
 from ..tasks.settings import DataSettings
 from ..tasks.sources import load_splits
-from .folders import atomic_folder
 from .report import environment, write_json
 from .session import compute_with, measure
 from .trained import Trained, load_trained, read_run

@@ -1,4 +1,4 @@
-"""The output folder: checked before work begins, resumed from, and never left half-written."""
+"""The output folder: checked before work begins, and resumed from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from .settings import TrainSettings
 
-__all__ = ["CHECKPOINTS", "RunFolder", "atomic_folder", "open_folder"]
+__all__ = ["CHECKPOINTS", "RunFolder", "open_folder"]
 
 CHECKPOINTS = "checkpoints"
 RESULTS = "adapter"
@@ -76,26 +76,6 @@ def open_folder(settings: TrainSettings) -> RunFolder:
     if checkpoint is None and settings.overwrite:
         shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
     return RunFolder(path, checkpoint, created)
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling to write into; it takes the target's place when all went well, or vanishes.
-
-    Example:
-        >>> with atomic_folder(Path("out/adapter")) as folder:  # doctest: +SKIP
-        ...     model.save_pretrained(folder)
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        aside.chmod(0o755)
-        yield aside
-        if target.exists():
-            shutil.rmtree(target)
-        aside.replace(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _output(settings: TrainSettings, checkpoint: Path | None) -> Path:

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from .folders import RESULTS, RunFolder, atomic_folder, open_folder
+from ..files.writing import atomic_folder
+from .folders import RESULTS, RunFolder, open_folder
 from .plan import make_plan, print_plan
 from .plots import draw_run
 from .report import environment, peak_memory, print_report, run_counts, write_json

@@ -1,0 +1,83 @@
+"""Put several adapters of one base together, and say where they meet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ..errors import ConfigError
+from .parsing import instantiate
+
+__all__ = ["ComposeSettings", "parser", "run"]
+
+
+@dataclass
+class ComposeSettings:
+    """Everything that `slicefine compose` needs.
+
+    Args:
+        adapters: folders of SliceFine adapters of one base model, at least two.
+        output: folder of the composed adapter; null only reports where they meet.
+        policy: for entries that several changed: refuse, sum (of the changes), last (adapter's value) or mean (of the
+            changes).
+        weights: of mean, one per adapter; null takes equal ones.
+        head: folder of the adapter whose other tensors (a classification head) the result gets, one of the adapters.
+        model: the base model, if it is elsewhere than in training: a folder, or a name on the Hugging Face hub.
+        overwrite: replace what is in the output folder.
+    """
+
+    adapters: list[str]
+    output: str | None = None
+    policy: str = "refuse"
+    weights: list[float] | None = None
+    head: str | None = None
+    model: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head is not None and self.head not in self.adapters:
+            raise ConfigError(f"head={self.head!r} is none of the adapters, {', '.join(self.adapters)}.")
+
+
+def parser() -> ArgumentParser:
+    """Options of `slicefine compose`."""
+    usage = "slicefine compose --adapters '[DIR, DIR]' [--output DIR] [--policy sum] [--SETTING VALUE ...]"
+    result = ArgumentParser(usage=usage, description="Put adapters together that were trained on one base model.")
+    result.add_class_arguments(ComposeSettings)
+    return result
+
+
+def run(chosen: Any) -> int:
+    """Report where the adapters meet, and write the composed one."""
+    from ..files.adapter import read_adapter, write_adapter
+    from ..files.checkpoint import Checkpoint, find_checkpoint
+    from ..files.compose import compose, overlaps
+    from ..files.writing import check_target
+    from ..training.screen import quiet_libraries
+
+    quiet_libraries()
+    settings = ComposeSettings(**instantiate(parser(), chosen))
+    adapters = [read_adapter(folder) for folder in settings.adapters]
+    found = overlaps(adapters)
+    for (first, second), layers in Counter((o.first, o.second) for o in found).items():
+        pair = [o for o in found if (o.first, o.second) == (first, second)]
+        lines, crossings = sum(len(o.rows) + len(o.columns) for o in pair), sum(o.crossings for o in pair)
+        print(f"{settings.adapters[first]} and {settings.adapters[second]} meet in {layers} layers: {lines:,} common")
+        print(f"rows and columns, {crossings:,} entries where rows of one cross columns of the other")
+    if not found:
+        print("the adapters touch no common entry")
+    if settings.output is None:
+        return 0
+    target = check_target(settings.output, [adapter.folder for adapter in adapters], settings.overwrite)
+    config = adapters[0].config
+    name = settings.model or config.get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"{adapters[0].folder}: the adapter does not name its base model; give it with --model.")
+    head = None if settings.head is None else settings.adapters.index(settings.head)
+    with Checkpoint(find_checkpoint(name, config.get("revision"))) as base:
+        write_adapter(compose(adapters, base, settings.policy, settings.weights, head), target)
+    print(f"written to {target}")
+    return 0

@@ -1,0 +1,80 @@
+"""Write an adapter's slices as a LoRA adapter, exactly, for PEFT, vLLM or llama.cpp."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ..errors import ConfigError
+from .parsing import instantiate
+
+__all__ = ["ExportSettings", "parser", "run"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class ExportSettings:
+    """Everything that `slicefine export` needs.
+
+    Args:
+        adapter: folder of a SliceFine adapter.
+        output: folder of the LoRA adapter.
+        to: whose loader it is for: lora (PEFT: one rank per layer), vllm or llama.cpp (one rank for all layers, no
+            tensors beside the factors).
+        model: the base model, if it is elsewhere than in training: a folder, or a name on the Hugging Face hub.
+        rank: truncate to this rank by singular value decomposition; null keeps the change exact.
+        dtype: of the factors: float32, bfloat16 or float16.
+        overwrite: replace what is in the output folder.
+    """
+
+    adapter: str
+    output: str
+    to: str = "lora"
+    model: str | None = None
+    rank: int | None = None
+    dtype: str = "float32"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
+
+
+def parser() -> ArgumentParser:
+    """Options of `slicefine export`."""
+    usage = "slicefine export --adapter DIR --output DIR [--to lora|vllm|llama.cpp] [--SETTING VALUE ...]"
+    result = ArgumentParser(usage=usage, description="Write slices as a LoRA adapter that needs no slicefine.")
+    result.add_class_arguments(ExportSettings)
+    return result
+
+
+def run(chosen: Any) -> int:
+    """Export and say what was written."""
+    import torch
+
+    from ..files.adapter import read_adapter
+    from ..files.checkpoint import Checkpoint, find_checkpoint
+    from ..files.export import export_lora
+    from ..files.writing import check_target
+    from ..training.screen import quiet_libraries
+
+    quiet_libraries()
+    settings = ExportSettings(**instantiate(parser(), chosen))
+    adapter = read_adapter(settings.adapter)
+    target = check_target(settings.output, [adapter.folder], settings.overwrite)
+    name = settings.model or adapter.config.get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"{adapter.folder}: the adapter does not name its base model; give its folder with --model.")
+    with Checkpoint(find_checkpoint(name, adapter.config.get("revision"))) as base:
+        made = export_lora(adapter, base, target, settings.to, settings.rank, getattr(torch, settings.dtype))
+    ranks = sorted(set(made.ranks.values()))
+    print(f"{len(made.ranks)} layers, rank {' to '.join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))}")
+    if made.kept:
+        least = min(made.kept, key=lambda layer: made.kept[layer])
+        print(f"energy of the change that the smaller rank keeps: at least {made.kept[least]:.1%} ({least})")
+    print(f"written to {Path(made.folder)} ({made.file_bytes / 2**20:,.2f} MiB)")
+    return 0

@@ -1,0 +1,179 @@
+"""An adapter folder's content as plain data: `Adapter`. Everything else here takes one and gives one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..delta import KINDS, pack_values, unpack
+from ..errors import AdapterFileError
+from ..functional import pad_block
+from ..geometry import Slice
+from ..journal import Visit, read_table
+from ..tuner import FORMAT_VERSION
+from .writing import atomic_folder
+
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "LayerFile", "read_adapter", "write_adapter"]
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_MARK = ".slicefine_"
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """One layer's slices.
+
+    Attributes:
+        shape: ``(rows, columns)`` of its weight: output units, input features.
+        transposed: the base stores that weight as ``(in, out)`` (transformers' ``Conv1D``).
+        visits: where the slice was, and when.
+        values: what the weight holds in each visited slice, as lines, in the order of first visit.
+        sample: a few of the base's values in the first of them, which tell it from other models.
+        room: shape of the persistent parameter, which holds the last slice.
+    """
+
+    shape: tuple[int, int]
+    transposed: bool
+    visits: list[Visit]
+    values: dict[Slice, Tensor]
+    sample: list[float]
+    room: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder, read whole (it is small).
+
+    Attributes:
+        folder: where it is.
+        config: its ``adapter_config.json``.
+        layers: the sliced layers by name.
+        others: all other tensors by their full names, such as a head.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    layers: dict[str, LayerFile] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read an adapter folder.
+
+    Raises:
+        AdapterFileError: if a file is missing, corrupt, of another method, or written by a newer slicefine.
+    """
+    path = find_adapter(folder)
+    config = read_config(path)
+    version = config.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path}: format version {version}, and this slicefine reads up to {FORMAT_VERSION}; update slicefine."
+        )
+    if config.get("peft_type") != "SLICEFINE":
+        raise AdapterFileError(
+            f"{path}: an adapter of {config.get('peft_type')}, not of SliceFine; give a SliceFine adapter's folder."
+        )
+    tensors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    with open_weights(path) as file:
+        for key in sorted(file.keys()):
+            name, mark, kind = key.rpartition(_MARK)
+            if not mark:
+                others[key] = file.get_tensor(key)
+            elif kind not in ("active", *KINDS):
+                raise AdapterFileError(f"{path / WEIGHTS}: unknown tensor {key}; update slicefine.")
+            else:
+                tensors.setdefault(name.removeprefix(_PREFIX), {})[kind] = file.get_tensor(key)
+    weights = config.get("weights") or {}
+    layers = {}
+    for name, own in tensors.items():
+        facts = weights.get(name)
+        if facts is None:
+            raise AdapterFileError(
+                f"{path / CONFIG}: says nothing of the weight of {name}; it was written by an early version. Load it "
+                "with peft.PeftModel.from_pretrained and save it again."
+            )
+        layers[name] = _layer(path / WEIGHTS, name, own, facts)
+    return Adapter(path, config, layers, others)
+
+
+def write_adapter(adapter: Adapter, target: Path) -> None:
+    """Write an adapter folder; it appears whole or not at all."""
+    tensors = {key: tensor.contiguous() for key, tensor in adapter.others.items()}
+    config = {**adapter.config, "layout": {}, "weights": {}, "format_version": FORMAT_VERSION}
+    for name, layer in adapter.layers.items():
+        own = pack_values(layer.visits, layer.values)
+        config["layout"][name] = {kind: list(tensor.shape) for kind, tensor in own.items()}
+        facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": layer.sample}
+        config["weights"][name] = facts
+        active = layer.values[layer.visits[-1].slice]
+        own["active"] = pad_block(active.float(), layer.room)
+        tensors |= {f"{_PREFIX}{name}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
+    with atomic_folder(target) as aside:
+        safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """The folder itself, or the ``adapter`` folder inside a run's output."""
+    path = Path(folder).expanduser()
+    if not (path / CONFIG).is_file() and (path / "adapter" / CONFIG).is_file():
+        return path / "adapter"
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """An adapter folder's configuration.
+
+    Raises:
+        AdapterFileError: if it is missing or no JSON object.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise AdapterFileError(f"{file} is missing; give the folder of an adapter in PEFT's layout.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterFileError(f"{file}: not readable as JSON ({error}); the file is corrupt.") from error
+    if not isinstance(config, dict):
+        raise AdapterFileError(f"{file}: expected a JSON object, got {type(config).__name__}; the file is corrupt.")
+    return config
+
+
+def open_weights(path: Path) -> Any:
+    """An adapter folder's tensors, opened lazily.
+
+    Raises:
+        AdapterFileError: if the file is missing or corrupt. Pickle files are not read.
+    """
+    file = path / WEIGHTS
+    if not file.is_file():
+        raise AdapterFileError(f"{file} is missing; copy the whole adapter folder, or train again.")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{file}: cannot be read as a safetensors file ({error}); it is corrupt.") from error
+
+
+def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> LayerFile:
+    for kind in ("active", "journal"):
+        if kind not in tensors:
+            raise AdapterFileError(f"{file}: layer {name} has no {kind} tensor; the file is incomplete.")
+    try:
+        rows, columns = (int(size) for size in facts["shape"])
+        transposed = bool(facts["transposed"])
+        sample = [float(value) for value in facts["sample"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
+    values = unpack(tensors, tensors["active"], (rows, columns), name)
+    room = (int(tensors["active"].shape[0]), int(tensors["active"].shape[1]))
+    return LayerFile((rows, columns), transposed, read_table(tensors["journal"]), values, sample, room)

@@ -1,0 +1,149 @@
+"""A base model's weights on disk, read line by line: what an adapter needs of them is a few rows and columns."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import AdapterFileError
+from ..geometry import Slice
+
+__all__ = ["Checkpoint", "find_checkpoint"]
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def find_checkpoint(name: str, revision: str | None = None) -> Path:
+    """The folder of a base model: a local one, or the Hugging Face hub's, of which the weights are downloaded.
+
+    Raises:
+        AdapterFileError: if there is no such folder, and the hub has none or cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterFileError(
+            f"base model {name!r}: no such folder, and the hub does not give it ({str(error).splitlines()[0]}). Name "
+            "the folder where its weights are (--model)."
+        ) from error
+
+
+class Checkpoint:
+    """The safetensors files of a model folder, opened for reading parts of single tensors.
+
+    Args:
+        folder: with ``model.safetensors``, or shards and their index.
+
+    Raises:
+        AdapterFileError: if the folder has none, or if a file cannot be read.
+
+    Example:
+        >>> with Checkpoint(Path("models/minilm")) as base:  # doctest: +SKIP
+        ...     base.lines("encoder.layer.0.output.dense", Slice("row", 0, 5))
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self._where = self._read_index()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def key(self, layer: str) -> str:
+        """The name under which the files keep a layer's weight.
+
+        A task's model has a prefix before the base's own names, or lacks it: both are tried.
+
+        Raises:
+            AdapterFileError: if no name fits, or several do.
+        """
+        wanted = f"{layer}.weight"
+        parts = wanted.split(".")
+        for at in range(len(parts) - 1):  # without leading parts: bert.encoder... -> encoder...
+            if ".".join(parts[at:]) in self._where:
+                return ".".join(parts[at:])
+        found = [key for key in self._where if key.endswith(f".{wanted}")]
+        if len(found) != 1:
+            raise AdapterFileError(
+                f"{self.folder}: {len(found)} of its tensors could be the weight of {layer}; it is not the base model "
+                "that the adapter was trained on, or it names its weights differently."
+            )
+        return found[0]
+
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """The shape of a layer's weight as it is stored."""
+        key = self.key(layer)
+        return tuple(self._open(key).get_slice(key).get_shape())
+
+    def lines(self, layer: str, block: Slice, transposed: bool = False) -> Tensor:
+        """A block of a layer's weight as lines, in the stored precision.
+
+        Args:
+            layer: its name in the model.
+            block: rows or columns.
+            transposed: the weight is stored as ``(in, out)``, as transformers' ``Conv1D`` does.
+        """
+        key = self.key(layer)
+        part = self._open(key).get_slice(key)
+        along_rows = (block.axis == "row") != transposed
+        end = block.start + block.width
+        shape = part.get_shape()
+        if len(shape) != 2 or end > shape[0 if along_rows else 1]:
+            raise AdapterFileError(
+                f"{self.folder}: {key} has shape {tuple(shape)}, too small for {block}; it is not the base model that "
+                "the adapter was trained on."
+            )
+        values: Tensor = part[block.start : end] if along_rows else part[:, block.start : end].t()
+        return values.contiguous()
+
+    def _open(self, key: str) -> Any:
+        name = self._where[key]
+        if name not in self._files:
+            self._files[name] = self._stack.enter_context(_open(self.folder / name))
+        return self._files[name]
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.folder / _INDEX
+        if index.is_file():
+            try:
+                weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                names = {str(key): str(name) for key, name in weights.items()}
+            except (ValueError, KeyError, AttributeError) as error:
+                raise AdapterFileError(f"{index}: not a readable index of shards ({error}).") from error
+            for name in names.values():
+                if Path(name).name != name:
+                    raise AdapterFileError(f"{index}: {name!r} is not a file of this folder; it is not followed.")
+            return names
+        if not (self.folder / _SINGLE).is_file():
+            raise AdapterFileError(
+                f"{self.folder}: no {_SINGLE} and no {_INDEX} here. Give the folder of the base model, saved with "
+                "save_pretrained (safetensors)."
+            )
+        self._files[_SINGLE] = self._stack.enter_context(_open(self.folder / _SINGLE))
+        return dict.fromkeys(self._files[_SINGLE].keys(), _SINGLE)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(f"{path}: cannot be read as a safetensors file ({error}).") from error

@@ -1,0 +1,218 @@
+"""Several adapters of one base in one: slices that do not meet add up untouched, the others by a rule that is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterFileError, ConfigError, UnsupportedError
+from ..geometry import Slice, touched
+from ..journal import Visit
+from ..packed import PackedDelta
+from ..state import base_sample, same_base
+from .adapter import Adapter, LayerFile
+from .checkpoint import Checkpoint
+
+__all__ = ["POLICIES", "Overlap", "compose", "overlaps"]
+
+POLICIES = ("refuse", "sum", "last", "mean")
+_SAME = ("mode", "r", "r_row", "r_column", "rank_pattern", "mask_fraction")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Where two adapters touch the same entries of one layer.
+
+    Attributes:
+        layer: its name.
+        first, second: which adapters, counted from 0.
+        rows, columns: lines that both trained.
+        crossings: entries where a row of one crosses a column of the other; rows and columns always do.
+    """
+
+    layer: str
+    first: int
+    second: int
+    rows: list[int]
+    columns: list[int]
+    crossings: int
+
+
+def overlaps(adapters: Sequence[Adapter]) -> list[Overlap]:
+    """Every layer and pair of adapters that touch common entries, by position (a touched entry may be unchanged)."""
+    result = []
+    for i, first in enumerate(adapters):
+        for j, second in enumerate(adapters[i + 1 :], start=i + 1):
+            for name in first.layers.keys() & second.layers.keys():
+                a, b = (list(adapter.layers[name].values) for adapter in (first, second))
+                lines = {axis: (set(touched(a, axis)), set(touched(b, axis))) for axis in ("row", "column")}
+                rows, columns = (sorted(lines[axis][0] & lines[axis][1]) for axis in ("row", "column"))
+                crossings = len(lines["row"][0]) * len(lines["column"][1]) + len(lines["row"][1]) * len(
+                    lines["column"][0]
+                )
+                if rows or columns or crossings:
+                    result.append(Overlap(name, i, j, rows, columns, crossings))
+    return sorted(result, key=lambda found: (found.first, found.second, found.layer))
+
+
+def compose(
+    adapters: Sequence[Adapter],
+    base: Checkpoint,
+    policy: str = "refuse",
+    weights: Sequence[float] | None = None,
+    head: int | None = None,
+) -> Adapter:
+    """One adapter with the changes of several.
+
+    An entry that one adapter changed has that adapter's value, bit for bit. For an entry that several changed:
+
+    - ``"refuse"``: nothing is composed;
+    - ``"sum"``: the base's value plus all changes;
+    - ``"last"``: the value of the last of them in the given order;
+    - ``"mean"``: the base's value plus the changes' weighted mean.
+
+    Args:
+        adapters: at least two, trained on the same base with the same mode and ranks.
+        base: the weights that they were trained on.
+        policy: see above.
+        weights: of ``"mean"``, one per adapter; equal ones if None.
+        head: the adapter whose other tensors (a classification head, say) the result gets, counted from 0; needed
+            where several have some.
+
+    Returns:
+        The adapter, to be written with `write_adapter`.
+
+    Raises:
+        ConfigError: for settings that contradict the adapters, or with ``"refuse"`` if an entry was changed twice.
+        UnsupportedError: for random masks.
+        AdapterFileError: if the base is not the adapters'.
+    """
+    _check(adapters, policy, weights, head)
+    shares = list(weights) if weights is not None else [1.0] * len(adapters)
+    layers: dict[str, LayerFile] = {}
+    clashes: dict[str, int] = {}
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
+        owners = [(adapter.layers.get(name), share) for adapter, share in zip(adapters, shares, strict=True)]
+        parts = [(layer, share) for layer, share in owners if layer is not None]
+        layers[name], clash = _layer(name, parts, base, policy)
+        clashes |= {name: clash} if clash else {}
+    if policy == "refuse" and clashes:
+        worst = max(clashes, key=lambda name: clashes[name])
+        raise ConfigError(
+            f"compose: {sum(clashes.values()):,} entries in {len(clashes)} layers were changed by several adapters "
+            f"({clashes[worst]:,} in {worst}). Choose a policy for them ({', '.join(POLICIES[1:])}), or train with "
+            "reserve= so that they do not meet."
+        )
+    owners = [n for n, adapter in enumerate(adapters) if adapter.others]
+    chosen = head if head is not None else owners[0] if owners else None
+    others = {} if chosen is None else dict(adapters[chosen].others)
+    config = _config(adapters, None if chosen is None else adapters[chosen])
+    return Adapter(adapters[0].folder, config, layers, others)
+
+
+def _check(adapters: Sequence[Adapter], policy: str, weights: Sequence[float] | None, head: int | None) -> None:
+    if len(adapters) < 2:
+        raise ConfigError(f"compose: {len(adapters)} adapter; give at least two.")
+    if policy not in POLICIES:
+        raise ConfigError(f"compose: policy={policy!r} is unknown; expected one of {', '.join(POLICIES)}.")
+    if weights is not None and (policy != "mean" or len(weights) != len(adapters)):
+        raise ConfigError(f"compose: weights are for policy='mean', one per adapter ({len(adapters)} here).")
+    if weights is not None and not sum(weights) > 0:
+        raise ConfigError(f"compose: weights={list(weights)} must have a positive sum.")
+    for adapter in adapters[1:]:
+        for key in _SAME:
+            if adapter.config.get(key) != adapters[0].config.get(key):
+                raise ConfigError(
+                    f"compose: {adapter.folder} has {key}={adapter.config.get(key)}, {adapters[0].folder} has "
+                    f"{key}={adapters[0].config.get(key)}; one adapter has one mode and rank. Merge them one after the "
+                    "other instead (slicefine merge)."
+                )
+    owners = [n for n, adapter in enumerate(adapters) if adapter.others]
+    if head is not None and not 0 <= head < len(adapters):
+        raise ConfigError(f"compose: head={head} is none of the {len(adapters)} adapters, counted from 0.")
+    if len(owners) > 1 and head is None:
+        some = next(iter(adapters[owners[0]].others))
+        raise ConfigError(
+            f"compose: {len(owners)} adapters bring tensors of their own beside the slices ({some}, ...), and the "
+            "result can have one's only; say whose with head=."
+        )
+
+
+def _layer(name: str, parts: list[tuple[LayerFile, float]], base: Checkpoint, policy: str) -> tuple[LayerFile, int]:
+    """One layer's slices of several adapters in one, and how many entries several of them changed."""
+    first = parts[0][0]
+    blocks = list(dict.fromkeys(block for layer, _ in parts for block in layer.values))
+    if any(block.axis == "entries" for block in blocks):
+        raise UnsupportedError(f"compose: {name} was trained with a random mask; only rows and columns are composed.")
+    if len({(layer.shape, layer.transposed, layer.room) for layer, _ in parts}) > 1:
+        raise AdapterFileError(f"compose: the adapters do not agree on the weight of {name}; they have other bases.")
+    originals = {block: base.lines(name, block, first.transposed) for block in blocks}
+    for layer, _ in parts:
+        if not same_base(layer.sample, base_sample(originals[layer.visits[0].slice].float())):
+            raise AdapterFileError(
+                f"{base.folder}: the weight of {name} is not the one that the adapters were trained on. Give the "
+                "folder of their own base model."
+            )
+    matrices = [_matrix(first.shape, originals, layer.values) for layer, _ in parts]
+    result = _matrix(first.shape, originals, {})
+    clashes = _matrix(first.shape, {}, {})  # ones where several changed an entry
+    for block in blocks:
+        plain = originals[block].float()
+        values = [matrix.read(block) for matrix in matrices]
+        changed = torch.stack([value != plain for value in values])
+        result.write(block, _resolved(plain, values, changed, policy, [share for _, share in parts]))
+        clashes.write(block, (changed.sum(0) > 1).float())
+    dtypes = {block: layer.values[block].dtype for layer, _ in parts for block in layer.values}
+    merged = {block: result.read(block).to(dtypes[block]) for block in blocks}
+    return replace(first, visits=_visits([layer for layer, _ in parts]), values=merged), clashes.count_nonzero()
+
+
+def _matrix(shape: tuple[int, int], originals: dict[Slice, Tensor], values: dict[Slice, Tensor]) -> PackedDelta:
+    """The base's lines with an adapter's values in them."""
+    matrix = PackedDelta(shape, torch.float32, torch.device("cpu"))
+    for source in (originals, values):
+        for block, lines in source.items():
+            matrix.write(block, lines.float())
+    return matrix
+
+
+def _resolved(plain: Tensor, values: list[Tensor], changed: Tensor, policy: str, shares: list[float]) -> Tensor:
+    result = plain.clone()
+    for value, mask in zip(values, changed, strict=True):  # the last one's value where it is the only one, and anyway
+        result[mask] = value[mask]
+    several = changed.sum(0) > 1
+    if policy in ("sum", "mean") and bool(several.any()):
+        total, weight = torch.zeros_like(plain), torch.zeros_like(plain)
+        for value, mask, share in zip(values, changed, shares, strict=True):
+            factor = share if policy == "mean" else 1.0
+            total += factor * (value - plain) * mask
+            weight += factor * mask
+        mixed = plain + (total / weight.clamp(min=1e-30) if policy == "mean" else total)
+        result[several] = mixed[several]
+    return result
+
+
+def _visits(layers: list[LayerFile]) -> list[Visit]:
+    """The visits one after the other, as if the runs had been one."""
+    result: list[Visit] = []
+    for layer in layers:
+        before = result[-1].last_step if result else 0
+        result += [Visit(v.slice, v.first_step + before, v.last_step + before) for v in layer.visits]
+    return result
+
+
+def _config(adapters: Sequence[Adapter], head: Adapter | None) -> dict[str, Any]:
+    targets = [adapter.config.get("target_modules") for adapter in adapters]
+    names = sorted({name for adapter in adapters for name in adapter.layers})
+    changes: dict[str, Any] = {
+        "target_modules": targets[0] if all(target == targets[0] for target in targets) else names,
+        "modules_to_save": None if head is None else head.config.get("modules_to_save"),
+        "window": None,
+        "window_order": "top-down",
+        "window_dwell": "uniform",
+    }
+    return {**adapters[0].config, **changes}
