@@ -54,7 +54,7 @@ def enable_checkpointing(model: Any, reentrant: bool = False) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, in all of this process.
+    """Let glibc keep freed blocks of up to 64 MiB, in all of this process: activations, not a large model's weights.
 
     By default it hands large blocks back to the system, and which of them depends on what was allocated before.
 
@@ -63,7 +63,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     most = 2**31 - 1  # of the C int that it takes
-    wanted = {_M_MMAP_THRESHOLD: most, _M_TRIM_THRESHOLD: most, _M_TOP_PAD: 2**28, _M_ARENA_MAX: 1}
+    wanted = {_M_MMAP_THRESHOLD: 2**26, _M_TRIM_THRESHOLD: most, _M_TOP_PAD: 2**28, _M_ARENA_MAX: 1}
     if mallopt is None or not all(mallopt(option, value) for option, value in wanted.items()):
         raise UnsupportedError("bench: this system's C library cannot be told to keep memory; leave keep_memory out.")
 
