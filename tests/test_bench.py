@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -425,3 +427,13 @@ def test_suites_name_methods_that_exist():
     assert all(name == shape.name for name, shape in SHAPES.items())
     with pytest.raises(ConfigError, match=r"expected one of core"):
         methods_of("none", None)
+
+
+def test_a_measured_model_is_freed():
+    made, *_ = workload("column r=5", TINY["llama"])
+    made.step()
+    made.saved_bytes()
+    weight = weakref.ref(next(p for n, p in made.model.named_parameters() if n.endswith("base_layer.weight")))
+    del made
+    gc.collect()
+    assert weight() is None

@@ -74,19 +74,20 @@ def kept_bytes(model: Any, forward: Callable[[], Any]) -> int:
     found: dict[int, int] = {}
     keep = []
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
+        """Count; nothing goes back to the graph, whose saved outputs would hold themselves: a ring that nobody frees."""
+        tensor = tensor.detach()
         if tensor.is_sparse:  # SHiRA's delta: values and indices, no storage of its own
             parts = (tensor._values(), tensor._indices())
-            found[id(tensor)] = sum(part.numel() * part.element_size() for part in parts)
+            found[parts[0].data_ptr()] = sum(part.numel() * part.element_size() for part in parts)
             keep.append(tensor)
-            return tensor
+            return
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             found[storage.data_ptr()] = storage.nbytes()
             keep.append(tensor)  # a freed storage's address would be counted once for two tensors
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         result = forward()
     del result
     return sum(found.values())
