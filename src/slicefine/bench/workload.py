@@ -75,7 +75,7 @@ def kept_bytes(model: Any, forward: Callable[[], Any]) -> int:
     keep = []
 
     def pack(tensor: Tensor) -> None:
-        """Count; nothing goes back to the graph, whose saved outputs would hold themselves: a ring that nobody frees."""
+        """Count; nothing goes back to the graph, whose saved outputs would hold themselves and never be freed."""
         tensor = tensor.detach()
         if tensor.is_sparse:  # SHiRA's delta: values and indices, no storage of its own
             parts = (tensor._values(), tensor._indices())
