@@ -35,8 +35,8 @@ from slicefine.mover import movers_of
 MODES = ("row", "column", "alternate")
 SWEEPS = {
     "width": (256, 512, 1024, 2048, 4096),
-    "depth": (2, 4, 8, 16, 32),
-    "rank": (1, 4, 16, 64, 128),
+    "depth": (2, 4, 8, 16),
+    "rank": (1, 8, 32, 128),
     "moves": (0, 1, 10, 100),
 }
 SIZES = {"layers": 2, "batch": 1, "length": 256}  # of the Llama type, where the sweep does not vary them
