@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from cli_helpers import recipe, save_bert, save_llama, save_reviews, write_rows
 from slicefine.bench.workload import kept_bytes, state_bytes
@@ -16,7 +17,7 @@ from slicefine.cli.main import main
 from slicefine.mover import movers_of
 from slicefine.training.compare import compare
 from slicefine.training.forecast import forecasts
-from slicefine.training.methods import make_trainable
+from slicefine.training.methods import make_trainable, typical_batches
 from slicefine.training.run import train
 from slicefine.training.session import build
 
@@ -44,6 +45,31 @@ def test_the_run_has_what_was_forecast(tmp_path: Path, mode, r, window):
     assert forecast.file == pytest.approx(report["file_bytes"], rel=0.1)
 
 
+def trainer_batches(session, settings):
+    """Every batch of an epoch, as transformers' Trainer makes them with these settings."""
+    rows, size = session.prepared.splits["train"], settings.training.batch_size
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    generator = torch.Generator().manual_seed(settings.training.seed)
+    if settings.training.group_by_length:
+        order = get_length_grouped_indices(lengths, size, generator=generator)
+    else:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+    for at in range(0, len(order), size):
+        yield dict(session.prepared.collator([rows[i] for i in order[at : at + size]]))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_batches_stand_for_an_epoch(tmp_path: Path, grouped):
+    settings = recipe(save_bert(tmp_path / "model"), save_reviews(tmp_path / "data"), None)
+    settings.training.group_by_length = grouped
+    session = full(settings)
+    sizes = sorted(batch["input_ids"].numel() for batch in trainer_batches(session, settings))
+    typical, largest = typical_batches(session.loaded, settings, session.prepared, 2)
+    assert [batch["input_ids"].numel() for batch in typical] == [sizes[len(sizes) // 4], sizes[3 * len(sizes) // 4]]
+    assert largest["input_ids"].numel() == sizes[-1]
+    assert len(typical_batches(session.loaded, settings, session.prepared, 1000)[0]) == len(sizes)
+
+
 @pytest.mark.parametrize(("mode", "r"), [("row", 2), ("column", 3)])
 def test_state_and_activations_are_those_of_a_step(tmp_path: Path, mode, r):
     settings = recipe(save_bert(tmp_path / "model"), save_reviews(tmp_path / "data"), None, slice__interval=100)
@@ -52,8 +78,7 @@ def test_state_and_activations_are_those_of_a_step(tmp_path: Path, mode, r):
     session.loaded.model.requires_grad_(False)
     chosen = replace(settings, slice=replace(settings.slice, mode=mode, r=r, positions="sweep"))
     model = make_trainable(session.loaded, session.task, chosen, session.prepared).train()
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(settings.training.seed)).tolist()[:8]
-    batch = dict(session.prepared.collator([session.prepared.splits["train"][i] for i in order]))
+    batch = max(trainer_batches(session, settings), key=lambda batch: batch["input_ids"].numel())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     assert forecast.kept == kept_bytes(model, lambda: model(**batch))
     model(**batch).loss.backward()

@@ -23,7 +23,8 @@ class PlanSettings(TrainSettings):
         modes: the modes to measure.
         ranks: the ranks to measure.
         memory: GiB that weights, activations, optimizer state and gradients may take together; null: no limit.
-        batches: random training batches to look at; kept activations are those of the largest.
+        batches: training batches to time, spread evenly from the shortest to the longest; kept activations are those
+            of the largest batch of all.
         rounds: timed steps per batch.
     """
 

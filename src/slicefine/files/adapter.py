@@ -175,5 +175,10 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
     values = unpack(tensors, tensors["active"], (rows, columns), name)
+    visits = read_table(tensors["journal"])
     room = (int(tensors["active"].shape[0]), int(tensors["active"].shape[1]))
-    return LayerFile((rows, columns), transposed, read_table(tensors["journal"]), values, sample, room)
+    if visits[-1].slice.axis != "entries" and room[1] not in (rows, columns):
+        raise AdapterFileError(
+            f"{file}: {name}'s active block has lines of {room[1]}, which do not fit a weight of {rows} x {columns}."
+        )
+    return LayerFile((rows, columns), transposed, visits, values, sample, room)

@@ -127,7 +127,7 @@ class Checkpoint:
             try:
                 weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 names = {str(key): str(name) for key, name in weights.items()}
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise AdapterFileError(f"{index}: not a readable index of shards ({error}).") from error
             for name in names.values():
                 if Path(name).name != name:

@@ -96,8 +96,8 @@ def compose(
     layers: dict[str, LayerFile] = {}
     clashes: dict[str, int] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.layers):
-        owners = [(adapter.layers.get(name), share) for adapter, share in zip(adapters, shares, strict=True)]
-        parts = [(layer, share) for layer, share in owners if layer is not None]
+        found = [(adapter.layers.get(name), share) for adapter, share in zip(adapters, shares, strict=True)]
+        parts = [(layer, share) for layer, share in found if layer is not None]
         layers[name], clash = _layer(name, parts, base, policy)
         clashes |= {name: clash} if clash else {}
     if policy == "refuse" and clashes:

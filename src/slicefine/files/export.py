@@ -211,6 +211,6 @@ def _lora_config(adapter: Adapter, ranks: dict[str, int]) -> dict[str, Any]:
         revision=source.get("revision"),
         inference_mode=True,
     )
-    made = config.to_dict()
+    made: dict[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
     made["target_modules"] = sorted(ranks)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in made.items()}

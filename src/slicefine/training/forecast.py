@@ -23,7 +23,7 @@ from ..layer import SliceLinear
 from ..mover import Mover, movers_of
 from ..schedule import slice_at
 from .counts import touched_entries
-from .methods import make_trainable, tensor_counts, train_batches
+from .methods import make_trainable, tensor_counts, typical_batches
 from .plan import moves_of
 from .session import Session
 from .settings import TrainSettings
@@ -40,11 +40,11 @@ class Forecast:
     Attributes:
         mode, r: the candidate.
         trainable, changed: entries in training at a time, and touched over the whole run, the head included.
-        kept: activations kept for backward, of the largest batch looked at and the costliest position.
+        kept: activations kept for backward, of the largest batch and the costliest position.
         state: AdamW's state.
         memory: what must fit at once; buffers that live within one operation come on top.
-        seconds: of a step, forward, backward and optimizer (mean over batches, orientations and windows).
-        ratio: step time / that of the frozen model (median over batches, mean over orientations and windows).
+        seconds: of a step, forward, backward and optimizer: the mean over batches, orientations and windows.
+        ratio: that time / the frozen model's, whose steps are interleaved with these.
         file: the adapter file at the end.
         moves: the steps after which slices move.
     """
@@ -70,14 +70,14 @@ def forecasts(
     Args:
         session: a run with a base model that is not wrapped yet (``method.name=full`` or ``head`` leave it so).
         modes, ranks: the candidates.
-        batches: random training batches to look at.
+        batches: training batches to time, spread evenly from the shortest to the longest.
         rounds: timed steps per batch.
 
     Raises:
         ConfigError: if a candidate's settings do not fit the model.
     """
     settings = session.settings
-    inputs = list(train_batches(session.loaded, settings, session.prepared, batches))
+    inputs, largest = typical_batches(session.loaded, settings, session.prepared, batches)
     session.loaded.model.requires_grad_(False)
     if settings.training.gradient_checkpointing:
         enable_checkpointing(session.loaded.model)
@@ -88,7 +88,7 @@ def forecasts(
             own_rank: dict[str, Any] = {"r": r, "r_row": None, "r_column": None, "rank_pattern": {}}
             chosen = replace(settings.slice, mode=mode, positions=positions, **own_rank)
             method = replace(settings.method, name="slicefine")
-            yield _forecast(session, replace(settings, slice=chosen, method=method), inputs, rounds)
+            yield _forecast(session, replace(settings, slice=chosen, method=method), inputs, largest, rounds)
 
 
 def planned_slices(layer: SliceLinear, name: str, moves: int) -> list[Visit]:
@@ -120,9 +120,10 @@ def adapter_bytes(mover: Mover, moves: int) -> int:
     return total
 
 
-def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str, Any]], rounds: int) -> Forecast:
+def _forecast(
+    session: Session, settings: TrainSettings, batches: list[dict[str, Any]], largest: dict[str, Any], rounds: int
+) -> Forecast:
     base = session.loaded.model
-    floor = [_seconds(base.train(), batch, settings, rounds) for batch in batches]
     model = make_trainable(session.loaded, session.task, settings, session.prepared).train()
     try:
         (mover,) = movers_of(model)
@@ -131,14 +132,13 @@ def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str,
         mover.settings = replace(mover.settings, interval=10**9)  # the steps below must not move
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
-        kept, seconds, ratios = 0, [], []
+        kept, times = 0, []
         for number in range(min(len(moves) + 1, _distinct_visits(mover))):
             if number:
                 mover.move()
-            kept = max(kept, *(_kept(model, batch, settings) for batch in batches))
-            own = [_seconds(model, batch, settings, rounds, optimizer) for batch in batches]
-            seconds += own
-            ratios.append(statistics.median(mine / other for mine, other in zip(own, floor, strict=True)))
+            kept = max(kept, _kept(model, largest, settings))
+            times += [_seconds(model, batch, settings, rounds, optimizer) for batch in batches]
+        floor, own = (sum(column) for column in zip(*times, strict=True))
         state = state_bytes(optimizer)
         return Forecast(
             mode=settings.slice.mode,
@@ -148,8 +148,8 @@ def _forecast(session: Session, settings: TrainSettings, batches: list[dict[str,
             kept=kept,
             state=state,
             memory=_bytes(model.parameters()) + _bytes(trained) + state + kept,
-            seconds=statistics.mean(seconds),
-            ratio=statistics.mean(ratios),
+            seconds=own / len(times),
+            ratio=own / floor,
             file=adapter_bytes(mover, len(moves)) + 4 * counts["head"],
             moves=moves,
         )
@@ -179,18 +179,17 @@ def _kept(model: Any, batch: dict[str, Any], settings: TrainSettings) -> int:
 
 
 def _seconds(
-    model: Any,
-    batch: dict[str, Any],
-    settings: TrainSettings,
-    rounds: int,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> float:
-    """Median seconds of a step, the first one left out; without an optimizer the floor's."""
-    handle = gradients_to_inputs(model) if optimizer is None else None
-    steps = [sum(timed_step(lambda: _forward(model, batch, settings), optimizer)) for _ in range(rounds + 1)]
-    if handle is not None:
-        handle.remove()
-    return statistics.median(steps[1:])
+    model: Any, batch: dict[str, Any], settings: TrainSettings, rounds: int, optimizer: torch.optim.Optimizer
+) -> tuple[float, float]:
+    """Median seconds of a step of the frozen model and of the slices, interleaved, the first ones left out."""
+    floor, own = [], []
+    for _ in range(rounds + 1):
+        with model.disable_adapter():
+            handle = gradients_to_inputs(model)
+            floor.append(sum(timed_step(lambda: _forward(model, batch, settings), None)))
+            handle.remove()
+        own.append(sum(timed_step(lambda: _forward(model, batch, settings), optimizer)))
+    return statistics.median(floor[1:]), statistics.median(own[1:])
 
 
 def _changed(mover: Mover, moves: int) -> int:

@@ -12,7 +12,7 @@ from ..tasks.base import Loaded, Prepared, Task
 from ..tuner import linear_names
 from .settings import TrainSettings
 
-__all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts", "train_batches"]
+__all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts", "train_batches", "typical_batches"]
 
 _ENERGY_BATCHES = 8  # with 64, 97% of the first nine blocks are the same (docs/results/accuracy.md)
 
@@ -53,15 +53,45 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared
 
 def train_batches(loaded: Loaded, settings: TrainSettings, prepared: Prepared, count: int) -> Iterator[dict[str, Any]]:
     """Random batches of the train set, on the device that the run will use; the model is put there, too."""
+    rows, size = prepared.splits["train"], settings.training.batch_size
+    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.training.seed)).tolist()
+    groups = [picked[at : at + size] for at in range(0, min(len(picked), count * size), size)]
+    return _collated(loaded, prepared, groups)
+
+
+def typical_batches(
+    loaded: Loaded, settings: TrainSettings, prepared: Prepared, count: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Batches as the run will make them, from the shorter to the longer ones, and the largest of all.
+
+    They stand for equal shares of an epoch's batches, so that their mean cost is about an epoch's mean.
+    """
+    rows, size = prepared.splits["train"], settings.training.batch_size
+    generator = torch.Generator().manual_seed(settings.training.seed)
+    texts = "input_ids" in rows.column_names
+    lengths = [len(ids) for ids in rows["input_ids"]] if texts else [1] * len(rows)
+    if texts and settings.training.group_by_length:
+        from transformers.trainer_pt_utils import LengthGroupedSampler
+
+        order = list(LengthGroupedSampler(size, lengths=lengths, generator=generator))
+    else:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+    groups = [order[at : at + size] for at in range(0, len(order), size)]
+    groups.sort(key=lambda group: len(group) * max(lengths[i] for i in group))
+    count = min(count, len(groups))
+    chosen = [groups[int((i + 0.5) * len(groups) / count)] for i in range(count)]
+    *typical, largest = _collated(loaded, prepared, [*chosen, groups[-1]])
+    return typical, largest
+
+
+def _collated(loaded: Loaded, prepared: Prepared, groups: list[list[int]]) -> Iterator[dict[str, Any]]:
     from accelerate import PartialState
     from accelerate.utils import send_to_device
 
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     loaded.model.to(device)
-    rows, size = prepared.splits["train"], settings.training.batch_size
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.training.seed)).tolist()
-    for at in range(0, min(len(picked), count * size), size):
-        group = picked[at : at + size]
+    rows = prepared.splits["train"]
+    for group in groups:
         yield send_to_device(dict(prepared.collator([rows[i] for i in group])), device)
 
 
