@@ -24,6 +24,9 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["--out", str(tmp_path / "c.json"), "--smoke", "--rounds", "2", "--models", "llama"]
     monkeypatch.setattr(sys, "argv", ["compiled.py", *words])

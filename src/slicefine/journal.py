@@ -132,10 +132,9 @@ class Journal:
         self._originals.clear()
         self.applied = False
 
-    def original(self, weight: Matrix) -> Tensor:
-        """What the first visited slice replaced, wherever it is now."""
-        first = self.visits[0].slice
-        return self._originals[first] if self.applied else read_block(weight, first)
+    def original(self) -> Tensor:
+        """What the first visited slice replaced; of an applied journal."""
+        return self._originals[self.visits[0].slice]
 
     def deltas(self, weight: Matrix) -> list[tuple[Slice, Tensor]]:
         """``(slice, trained - original)`` of a reverted journal; each entry counted once, in its first slice.

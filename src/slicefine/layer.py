@@ -437,7 +437,13 @@ class SliceLinear(nn.Module):
 
     def weight_facts(self, name: str) -> dict[str, Any]:
         """What a file says of the weight under adapter ``name``: shape, orientation, a sample of the base's values."""
-        sample = base_sample(self.states[name].journal.original(self.dense()).float())
+        journal = self.states[name].journal
+        if self.applied == [name]:
+            values = journal.original()
+        else:
+            with self.reverted() as weight:
+                values = read_block(weight, journal.visits[0].slice)
+        sample = base_sample(values.float())
         return {"shape": list(self.shape), "transposed": is_transposed(self.base_layer), "sample": sample}
 
     def _check_base(self, name: str, table: Tensor) -> None:
