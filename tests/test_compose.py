@@ -122,7 +122,7 @@ def test_refusals(tmp_path: Path):
             ([a, b], {"policy": "max"}, "policy='max' is unknown; expected one of refuse, sum, last, mean"),
             ([a, b], {"weights": [1.0, 1.0]}, "weights are for policy='mean'"),
             ([a, b], {"policy": "mean", "weights": [1.0]}, "one per adapter"),
-            ([a, b], {"policy": "mean", "weights": [1.0, -1.0]}, "must have a positive sum"),
+            ([a, b], {"policy": "mean", "weights": [1.0, -1.0]}, "must be positive numbers"),
             ([a, b], {"head": 2}, "head=2 is none of the 2 adapters"),
             ([a, wide], {}, "wide has r=3, .*a has r=2; one adapter has one mode and rank"),
         ):
@@ -131,7 +131,7 @@ def test_refusals(tmp_path: Path):
         with pytest.raises(UnsupportedError, match="was trained with a random mask"):
             compose([mask, mask], base)
     llama(seed=1).save_pretrained(tmp_path / "other")
-    message = "is not the one that the adapters were trained on"
+    message = "is not the one that the adapter was trained on"
     with Checkpoint(tmp_path / "other") as base, pytest.raises(AdapterFileError, match=message):
         compose([a, b], base)
 

@@ -17,12 +17,14 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from peft_helpers import IDS, THIRD_PARTY, config, llama, logits, train
+from slicefine import SliceFineConfig
 from slicefine.cli.main import main
 from slicefine.errors import AdapterFileError, ConfigError, UnsupportedError
 from slicefine.files import export
 from slicefine.files.adapter import read_adapter
 from slicefine.files.checkpoint import Checkpoint, find_checkpoint
 from slicefine.files.export import Runtime, changes, export_lora, read_lora
+from slicefine.peft import SliceFineLinear
 
 pytestmark = THIRD_PARTY
 
@@ -131,9 +133,28 @@ def test_runtimes_with_one_rank_get_one_rank(tmp_path: Path, to):
 
 
 def test_ranks_differ_between_layers_where_the_loader_allows(tmp_path: Path):
-    trained(tmp_path, rank_pattern={"q_proj": 1})
+    _, _, wanted = trained(tmp_path, rank_pattern={"q_proj": 1})
     ranks = exported(tmp_path).ranks
     assert ranks["model.layers.0.self_attn.q_proj"] < ranks["model.layers.0.self_attn.k_proj"]
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), wanted, rtol=0, atol=1e-5 * 20)
+
+
+def test_a_base_that_was_trained_in_less_precision_than_its_file(tmp_path: Path):
+    """Only what was trained is a change, not the rounding of the base when it was loaded."""
+    trained(tmp_path, dtype=torch.bfloat16)
+    exact = exported(tmp_path)
+    llama().save_pretrained(tmp_path / "base")  # the same weights, unrounded
+    again = exported(tmp_path)
+    one, two = (load_file(made.folder / "adapter_model.safetensors") for made in (exact, again))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_trained_tokens_go_along(tmp_path: Path):
+    _, _, wanted = trained(tmp_path, trainable_token_indices=[3, 4])
+    exported(tmp_path)
+    assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), wanted, rtol=0, atol=1e-5 * 20)
+    with pytest.raises(UnsupportedError, match="llama.cpp loads no tensors beside the factors"):
+        exported(tmp_path, to="llama.cpp")
 
 
 def test_a_half_precision_base_loses_nothing_in_the_factors(tmp_path: Path):
@@ -211,6 +232,33 @@ def test_another_base_is_refused_everywhere(tmp_path: Path):
     PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path / "adapter")  # its own base, rounded
 
 
+@pytest.mark.parametrize("how", ["state dict", "meta"])
+def test_after_a_refused_load_the_model_is_as_before(tmp_path: Path, how):
+    trained(tmp_path)
+    other = llama(seed=1)
+    if how == "meta":
+        with pytest.raises(AdapterFileError, match="is not the one that the adapter was trained on"):
+            PeftModel.from_pretrained(other, tmp_path / "adapter", low_cpu_mem_usage=True)
+        return
+    settings = SliceFineConfig.from_pretrained(str(tmp_path / "adapter"))
+    settings.inference_mode, settings.base_model_name_or_path = False, None
+    model = get_peft_model(other, settings)
+    before = logits(llama(seed=1))
+    file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    named = {}
+    for key, value in file.items():
+        layer, _, kind = key.rpartition(".slicefine_")
+        named[f"{layer}.slicefine_{kind}.default"] = value
+    with pytest.raises(AdapterFileError, match="is not the one that the adapter was trained on"):
+        model.load_state_dict(named, strict=False)
+    layer = next(m for m in model.modules() if isinstance(m, SliceFineLinear))
+    assert torch.equal(layer.slicefine_active["default"], layer.weight_block("default"))
+    assert_close(logits(model), before)
+    train(model, 3)
+    model.save_pretrained(tmp_path / "own")
+    PeftModel.from_pretrained(llama(seed=1), tmp_path / "own")  # what was announced of the other file is forgotten
+
+
 def test_a_sharded_base_is_read_across_its_files(tmp_path: Path):
     trained(tmp_path)
     exact = exported(tmp_path)
@@ -235,6 +283,11 @@ def test_the_command(tmp_path: Path, capsys):
     inside = ["export", "--adapter", str(adapter), "--output", str(tmp_path), "--overwrite"]
     assert main(inside) == 1
     assert "which would be replaced" in capsys.readouterr().err
+    for target, message in ((base, "which would be replaced"), (base / "config.json", "is no folder")):
+        words = ["export", "--adapter", str(adapter), "--output", str(target), "--overwrite"]
+        assert main(words) == 1
+        assert message in capsys.readouterr().err
+    assert (base / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -306,6 +359,9 @@ def test_bad_bases(tmp_path: Path):
     with Checkpoint(folder) as base, pytest.raises(AdapterFileError, match="0 of its tensors could be the weight of"):
         list(changes(adapter, base))
     save_file({f"{name}.weight": torch.zeros(1, 1) for name in adapter.layers}, folder / "model.safetensors")
-    with Checkpoint(folder) as base, pytest.raises(AdapterFileError, match="too small for"):
+    with Checkpoint(folder) as base, pytest.raises(AdapterFileError, match=r"has shape \(1, 1\), and the adapter was"):
         list(changes(adapter, base))
-    assert find_checkpoint(str(folder)) == folder
+    assert find_checkpoint(adapter, str(folder)) == folder
+    adapter.config["base_model_name_or_path"] = None
+    with pytest.raises(AdapterFileError, match="does not name its base model; give it with --model"):
+        find_checkpoint(adapter)

@@ -192,3 +192,35 @@ def test_nothing_of_the_weights_size_is_made():
         for _ in range(7):
             step(model, optimizer, x, y)
     assert seen.largest < 48 * 96 / 4
+
+
+@pytest.mark.parametrize("additive", [True, False])
+def test_a_state_dict_of_the_other_kind_is_refused(additive):
+    model, _ = trained("alternate", additive, OPTIMIZERS["sgd"], steps=20)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other = mlp(seed=2)
+    tuner = attach(other, mode="alternate", additive=not additive, interval=7, **MODES["alternate"])
+    x = batches(1, seed=9)[0][0]
+    before = other(x)
+    with pytest.raises(AdapterFileError, match=f"attach with additive={additive}"):
+        other.load_state_dict(state)
+    assert_close(other(x), before)
+    same = mlp(seed=2)
+    again = attach(same, mode="alternate", additive=additive, interval=7, **MODES["alternate"])
+    same.load_state_dict(state)
+    assert_close(same(x), model(x))
+    with again.disabled():
+        assert_close(same(x), mlp()(x))
+    assert tuner.additive is not additive
+
+
+def test_disabling_under_inference_mode_leaves_a_model_that_trains():
+    model, tuner = trained("alternate", True, OPTIMIZERS["sgd"], steps=20)
+    x, y = batches(1, seed=9)[0]
+    with torch.inference_mode(), tuner.disabled():
+        model(x)
+    optimizer = OPTIMIZERS["sgd"](tuner.parameters())
+    before = model(x)
+    for _ in range(9):
+        step(model, optimizer, x, y)
+    assert (model(x) - y).square().mean() < (before - y).square().mean()

@@ -51,7 +51,8 @@ def trainer_batches(session, settings):
     lengths = [len(ids) for ids in rows["input_ids"]]
     generator = torch.Generator().manual_seed(settings.training.seed)
     if settings.training.group_by_length:
-        order = get_length_grouped_indices(lengths, size, generator=generator)
+        together = size * settings.training.gradient_accumulation
+        order = get_length_grouped_indices(lengths, together, generator=generator)
     else:
         order = torch.randperm(len(rows), generator=generator).tolist()
     for at in range(0, len(order), size):

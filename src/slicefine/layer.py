@@ -18,7 +18,7 @@ from .geometry import Slice, line_length
 from .journal import read_table
 from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at
-from .state import ORIGINALS, AdapterState, AdapterTensors, base_sample, same_base
+from .state import BESIDE, ORIGINALS, AdapterState, AdapterTensors, base_sample, same_base
 from .window import Place
 
 __all__ = ["SliceLinear", "is_hidden", "is_transposed", "supports"]
@@ -73,7 +73,7 @@ class SliceLinear(nn.Module):
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
         self._arriving: dict[str, Tensor] = {}  # what the slices in that weight replaced, by adapter
         self.slicefine_active = nn.ParameterDict()
-        for kind in (*KINDS, ORIGINALS):
+        for kind in (*KINDS, BESIDE if additive else ORIGINALS):
             setattr(self, f"slicefine_{kind}", AdapterTensors(self, kind))
         self.register_load_state_dict_post_hook(_sync_after_load)  # type: ignore[no-untyped-call]
 
@@ -377,19 +377,31 @@ class SliceLinear(nn.Module):
         tensors = {kind: t.detach() for kind, t in state.staged.items()}
         values = unpack(tensors, parameter, self.shape, state.layer_name)
         names = self.applied
-        table = tensors["journal"].cpu()
-        state.staged, state.layout = {}, {}  # before anything is applied: applying settles, settling installs
+        table, sample = tensors["journal"].cpu(), state.sample
+        state.forget()  # before anything is applied: applying settles, settling installs
+        self.mark_synced(name)  # what the loader put into the parameter must not get into the weight yet
         self.apply_only([])
         try:
-            self._check_base(name, table)
+            self._check_base(table, sample)
         except AdapterFileError:
-            self.apply_only(names)
+            self._recover(name, names)
             raise
         state.journal.load(table, values)
         self._aim(name)
         half = parameter.dtype != self._base_weight.dtype  # then the weight cannot tell the master's values
         state.previous = parameter.detach().clone() if half else None
         self.mark_synced(name)
+        self.apply_only(names)
+
+    def _recover(self, name: str, names: list[str]) -> None:
+        """After a refusal: what was loaded into adapter ``name``'s parameter goes, its own block comes back."""
+        state, weight = self.states[name], self.dense()
+        if state.journal.visits:
+            state.journal.apply(weight)
+            self._load_active(name)
+        else:
+            self._begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
+        state.journal.revert(weight)
         self.apply_only(names)
 
     def _refresh_reverted(self, name: str) -> None:
@@ -417,6 +429,8 @@ class SliceLinear(nn.Module):
 
         It holds the weight, too, with the applied slices in it: without the originals it could not be unloaded again.
         """
+        if kind == BESIDE:
+            return torch.empty(0)
         if kind != ORIGINALS:
             return self.file_tensors(name).get(kind)
         journal = self.states[name].journal
@@ -436,23 +450,24 @@ class SliceLinear(nn.Module):
         self.states[name].layout, self.states[name].sample = layout, list(sample)
 
     def weight_facts(self, name: str) -> dict[str, Any]:
-        """What a file says of the weight under adapter ``name``: shape, orientation, a sample of the base's values."""
+        """What a file says of the weight under adapter ``name``: shape, orientation, precision, a few of its values."""
         journal = self.states[name].journal
         if self.applied == [name]:
             values = journal.original()
         else:
             with self.reverted() as weight:
                 values = read_block(weight, journal.visits[0].slice)
-        sample = base_sample(values.float())
-        return {"shape": list(self.shape), "transposed": is_transposed(self.base_layer), "sample": sample}
+        facts = {"shape": list(self.shape), "transposed": is_transposed(self.base_layer)}
+        return facts | {"dtype": str(values.dtype).removeprefix("torch."), "sample": base_sample(values)}
 
-    def _check_base(self, name: str, table: Tensor) -> None:
+    def _check_base(self, table: Tensor, wanted: list[float]) -> None:
         """Raise `AdapterFileError` unless the reverted weight is the one that a file's slices were trained on.
 
         Precisions may differ: values are compared with the tolerance of bfloat16.
         """
-        wanted = self.states[name].sample
-        found = base_sample(read_block(self.dense(), read_table(table)[0].slice).float()) if wanted else []
+        if not wanted:
+            return
+        found = base_sample(read_block(self.dense(), read_table(table)[0].slice), len(wanted))
         if not same_base(wanted, found):
             raise AdapterFileError(
                 f"{self.label}: its weight is not the one that the adapter was trained on (it begins with {found[:1]}, "
@@ -486,7 +501,7 @@ class SliceLinear(nn.Module):
             expected_shapes(tensor, self.shape)  # refuse a foreign or corrupt journal before anything changes
         if kind == ORIGINALS:
             self._arriving[name] = tensor
-        else:
+        elif kind != BESIDE:
             self.states[name].staged[kind] = tensor
 
     def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -500,9 +515,10 @@ class SliceLinear(nn.Module):
                 "and mode it was trained with."
             )
         unpack(tensors, active, self.shape, self.label)
-        if self.states[name].sample and not self._base_weight.is_meta:
+        sample = self.states[name].sample
+        if sample and not self._base_weight.is_meta:
             with self.reverted():
-                self._check_base(name, tensors["journal"])
+                self._check_base(tensors["journal"], sample)
 
     def load_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Install a file's tensors, ``active`` among them, in one go, or refuse them before anything changes."""
@@ -521,6 +537,12 @@ class SliceLinear(nn.Module):
         """Before a weight arrives together with the slices that it holds, ours are taken out of the old one."""
         self._arriving = {}
         sliced = any(key.startswith(f"{prefix}slicefine_journal.") for key in state_dict)
+        beside = any(key.startswith(f"{prefix}slicefine_{BESIDE}.") for key in state_dict)
+        if sliced and beside != (self.packed is not None):
+            raise AdapterFileError(
+                f"{self.label}: the state dict's slices {'are differences' if beside else 'are values'}, and this "
+                f"layer's {'are values' if beside else 'are differences'}; attach with additive={beside}."
+            )
         if sliced and f"{prefix}base_layer.weight" in state_dict:
             names = self.applied if self.requested is None else self.requested
             self.apply_only([])
@@ -594,7 +616,7 @@ class SliceLinear(nn.Module):
             state = self.states[name]
             if state.staged or state.deferred or not self._in_sync(name):
                 self._settle(name)
-            state.layout = {}  # whoever runs the model has finished loading
+            state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names
 
 

@@ -17,6 +17,10 @@ from .geometry import Slice
 __all__ = ["PackedDelta"]
 
 
+# lines made under inference_mode could not be trained with afterwards
+_plain = torch.inference_mode(False)
+
+
 class _Lines:
     """Lines of one axis, in the order in which they were first written."""
 
@@ -25,6 +29,7 @@ class _Lines:
         self.index = torch.empty(0, dtype=torch.int64, device=device)
         self.values = torch.empty(0, length, dtype=dtype, device=device)
 
+    @_plain
     def add(self, lines: list[int]) -> None:
         new = [line for line in lines if line not in self.slots]
         if new:
@@ -61,6 +66,7 @@ class PackedDelta:
         self.version = 0  # of the content and of where it lies; writes through `view` do not count
         self.clear()
 
+    @_plain
     def clear(self) -> None:
         """Forget all lines: the matrix is zero again."""
         rows, columns = self.shape
@@ -81,6 +87,7 @@ class PackedDelta:
         values[:, other.index] += other.values.narrow(1, block.start, block.width).t()
         return values
 
+    @_plain
     def write(self, block: Slice, values: Tensor) -> None:
         """Overwrite a block's entries with ``values`` (lines), converted to the matrix' dtype."""
         own, other = self._of(block)
@@ -122,6 +129,7 @@ class PackedDelta:
         weight.index_add_(0, row.index, row.values.to(weight.dtype))
         weight.index_add_(1, column.index, column.values.t().to(weight.dtype))
 
+    @_plain
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Put the lines through ``fn``: to another device or dtype, as ``nn.Module.to`` does with parameters."""
         for lines in self._axes.values():
@@ -129,6 +137,10 @@ class PackedDelta:
             lines.index = lines.index.to(lines.values.device)
             self.dtype, self.device = lines.values.dtype, lines.values.device
         self.version += 1
+
+    def tensors(self) -> list[Tensor]:
+        """The packed lines, rows then columns."""
+        return [lines.values for lines in self._axes.values()]
 
     def _of(self, block: Slice) -> tuple[_Lines, _Lines]:
         if block.axis == "entries":

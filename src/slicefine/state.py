@@ -13,9 +13,11 @@ from .journal import Journal
 from .schedule import Schedule
 from .window import Place
 
-__all__ = ["ORIGINALS", "AdapterState", "AdapterTensors", "base_sample", "new_stamp", "same_base"]
+__all__ = ["BESIDE", "ORIGINALS", "AdapterState", "AdapterTensors", "base_sample", "new_stamp", "same_base"]
 
-ORIGINALS = "originals"  # one more kind of tensor, for state dicts that hold whole weights; never in an adapter file
+# one more kind of tensor, for state dicts that hold whole weights; never in an adapter file
+ORIGINALS = "originals"  # what the slices in the weight replaced
+BESIDE = "beside"  # empty: says that the slices are differences beside the weight
 _STAMPS = itertools.count(1)
 
 
@@ -24,15 +26,15 @@ def new_stamp() -> int:
     return next(_STAMPS)
 
 
-def base_sample(values: Tensor, count: int = 16) -> list[float]:
-    """A few of a block's values, evenly spread: enough to tell one base model from another.
+def base_sample(values: Tensor, count: int = 8) -> list[float]:
+    """A few of a block's values, evenly spread, to six digits: enough to tell one base model from another.
 
     Example:
         >>> base_sample(torch.arange(32.0).view(4, 8), count=4)
         [0.0, 8.0, 16.0, 24.0]
     """
-    flat = values.reshape(-1)
-    return [float(value) for value in flat[:: max(1, flat.numel() // count)][:count].tolist()]
+    flat = values.reshape(-1).double()
+    return [float(f"{value:.6g}") for value in flat[:: max(1, flat.numel() // count)][:count].tolist()]
 
 
 def same_base(wanted: Sequence[float], found: Sequence[float]) -> bool:
@@ -62,6 +64,10 @@ class AdapterState:
         self.below = False  # idle, and below the window: no gradient should come here
         self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
+
+    def forget(self) -> None:
+        """Drop what was staged of a file, and what was announced of it."""
+        self.staged, self.layout, self.sample = {}, {}, []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"views": ()}  # a view would be pickled with all of the weight under it

@@ -23,6 +23,7 @@ from .schedule import Positions, Schedule
 from .window import make_window, places
 
 __all__ = [
+    "ADAPTER_VERSION",
     "FORMAT_VERSION",
     "SliceTuner",
     "attach",
@@ -33,7 +34,8 @@ __all__ = [
     "warn_about_clamped",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of a tuner's file; 2 says that additive slices are told apart
+ADAPTER_VERSION = 1  # of an adapter folder in PEFT's layout
 _NAME = "default"
 
 
@@ -102,7 +104,7 @@ class SliceTuner:
             for kind, tensor in layer.file_tensors(_NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
             tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
-        header = {"version": FORMAT_VERSION, "additive": self.additive}
+        header = {"version": 2 if self.additive else 1, "additive": self.additive}
         metadata = {"format": "pt", "slicefine": json.dumps(header)}
         target = Path(path)
         aside = target.with_name(target.name + ".partial")

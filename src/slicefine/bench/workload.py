@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SliceFineError, UnsupportedError
+from ..layer import SliceLinear
 from ..mover import movers_of
 from .methods import Method, make_optimizer
 from .shapes import loss_of, step_loss
@@ -54,7 +55,7 @@ def enable_checkpointing(model: Any, reentrant: bool = False) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 64 MiB, in all of this process: activations, not a large model's weights.
+    """Let glibc keep freed blocks of up to 32 MiB, in all of this process: activations, not a large model's weights.
 
     By default it hands large blocks back to the system, and which of them depends on what was allocated before.
 
@@ -63,7 +64,7 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     most = 2**31 - 1  # of the C int that it takes
-    wanted = {_M_MMAP_THRESHOLD: 2**26, _M_TRIM_THRESHOLD: most, _M_TOP_PAD: 2**28, _M_ARENA_MAX: 1}
+    wanted = {_M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: most, _M_TOP_PAD: 2**28, _M_ARENA_MAX: 1}
     if mallopt is None or not all(mallopt(option, value) for option, value in wanted.items()):
         raise UnsupportedError("bench: this system's C library cannot be told to keep memory; leave keep_memory out.")
 
@@ -121,7 +122,8 @@ def timed_step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer |
 
 
 def _weights(model: Any) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    beside = [layer.packed for layer in model.modules() if isinstance(layer, SliceLinear) and layer.packed is not None]
+    return [*model.parameters(), *model.buffers(), *(lines for packed in beside for lines in packed.tensors())]
 
 
 class Workload:

@@ -71,13 +71,10 @@ def run(chosen: Any) -> int:
         print("the adapters touch no common entry")
     if settings.output is None:
         return 0
-    target = check_target(settings.output, [adapter.folder for adapter in adapters], settings.overwrite)
-    config = adapters[0].config
-    name = settings.model or config.get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(f"{adapters[0].folder}: the adapter does not name its base model; give it with --model.")
     head = None if settings.head is None else settings.adapters.index(settings.head)
-    with Checkpoint(find_checkpoint(name, config.get("revision"))) as base:
+    with Checkpoint(find_checkpoint(adapters[0], settings.model)) as base:
+        sources = [base.folder, *(adapter.folder for adapter in adapters)]
+        target = check_target(settings.output, sources, settings.overwrite)
         write_adapter(compose(adapters, base, settings.policy, settings.weights, head), target)
     print(f"written to {target}")
     return 0

@@ -65,11 +65,8 @@ def run(chosen: Any) -> int:
     quiet_libraries()
     settings = ExportSettings(**instantiate(parser(), chosen))
     adapter = read_adapter(settings.adapter)
-    target = check_target(settings.output, [adapter.folder], settings.overwrite)
-    name = settings.model or adapter.config.get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(f"{adapter.folder}: the adapter does not name its base model; give its folder with --model.")
-    with Checkpoint(find_checkpoint(name, adapter.config.get("revision"))) as base:
+    with Checkpoint(find_checkpoint(adapter, settings.model)) as base:
+        target = check_target(settings.output, [adapter.folder, base.folder], settings.overwrite)
         made = export_lora(adapter, base, target, settings.to, settings.rank, getattr(torch, settings.dtype))
     ranks = sorted(set(made.ranks.values()))
     print(f"{len(made.ranks)} layers, rank {' to '.join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from ..errors import AdapterFileError
 from ..functional import pad_block
 from ..geometry import Slice
 from ..journal import Visit, read_table
-from ..tuner import FORMAT_VERSION
+from ..tuner import ADAPTER_VERSION
 from .writing import atomic_folder
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "LayerFile", "read_adapter", "write_adapter"]
@@ -25,6 +26,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MARK = ".slicefine_"
+_DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class LayerFile:
         visits: where the slice was, and when.
         values: what the weight holds in each visited slice, as lines, in the order of first visit.
         sample: a few of the base's values in the first of them, which tell it from other models.
+        dtype: the weight's precision in training; finished slices are stored in it.
         room: shape of the persistent parameter, which holds the last slice.
     """
 
@@ -45,6 +48,7 @@ class LayerFile:
     visits: list[Visit]
     values: dict[Slice, Tensor]
     sample: list[float]
+    dtype: torch.dtype
     room: tuple[int, int]
 
 
@@ -73,10 +77,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     path = find_adapter(folder)
     config = read_config(path)
-    version = config.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    version = config.get("format_version", ADAPTER_VERSION)
+    if not isinstance(version, int) or version > ADAPTER_VERSION:
         raise AdapterFileError(
-            f"{path}: format version {version}, and this slicefine reads up to {FORMAT_VERSION}; update slicefine."
+            f"{path}: format version {version}, and this slicefine reads up to {ADAPTER_VERSION}; update slicefine."
         )
     if config.get("peft_type") != "SLICEFINE":
         raise AdapterFileError(
@@ -103,20 +107,23 @@ def read_adapter(folder: str | Path) -> Adapter:
                 "with peft.PeftModel.from_pretrained and save it again."
             )
         layers[name] = _layer(path / WEIGHTS, name, own, facts)
+    if not layers:
+        raise AdapterFileError(f"{path / WEIGHTS}: holds no slices; the file is incomplete.")
     return Adapter(path, config, layers, others)
 
 
 def write_adapter(adapter: Adapter, target: Path) -> None:
     """Write an adapter folder; it appears whole or not at all."""
     tensors = {key: tensor.contiguous() for key, tensor in adapter.others.items()}
-    config = {**adapter.config, "layout": {}, "weights": {}, "format_version": FORMAT_VERSION}
+    config = {**adapter.config, "layout": {}, "weights": {}, "format_version": ADAPTER_VERSION}
     for name, layer in adapter.layers.items():
         own = pack_values(layer.visits, layer.values)
         config["layout"][name] = {kind: list(tensor.shape) for kind, tensor in own.items()}
         facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": layer.sample}
-        config["weights"][name] = facts
+        config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")}
+        own = {kind: t.to(layer.dtype) if t.is_floating_point() else t for kind, t in own.items()}
         active = layer.values[layer.visits[-1].slice]
-        own["active"] = pad_block(active.float(), layer.room)
+        own["active"] = pad_block(active, layer.room)
         tensors |= {f"{_PREFIX}{name}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
@@ -172,6 +179,7 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         rows, columns = (int(size) for size in facts["shape"])
         transposed = bool(facts["transposed"])
         sample = [float(value) for value in facts["sample"]]
+        dtype = _DTYPES[facts["dtype"]]
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
     values = unpack(tensors, tensors["active"], (rows, columns), name)
@@ -181,4 +189,4 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         raise AdapterFileError(
             f"{file}: {name}'s active block has lines of {room[1]}, which do not fit a weight of {rows} x {columns}."
         )
-    return LayerFile((rows, columns), transposed, visits, values, sample, room)
+    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..geometry import Slice
+from ..state import base_sample, same_base
+from .adapter import Adapter, LayerFile
 
 __all__ = ["Checkpoint", "find_checkpoint"]
 
@@ -20,12 +22,20 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-def find_checkpoint(name: str, revision: str | None = None) -> Path:
-    """The folder of a base model: a local one, or the Hugging Face hub's, of which the weights are downloaded.
+def find_checkpoint(adapter: Adapter, model: str | None = None) -> Path:
+    """The folder of an adapter's base model: a local one, or the Hugging Face hub's, whose weights are downloaded.
+
+    Args:
+        adapter: it names the base that it was trained on, and its revision.
+        model: a folder or a name on the hub instead.
 
     Raises:
         AdapterFileError: if there is no such folder, and the hub has none or cannot be reached.
     """
+    name = model or adapter.config.get("base_model_name_or_path")
+    revision = adapter.config.get("revision") if model is None else None
+    if not name:
+        raise AdapterFileError(f"{adapter.folder}: the adapter does not name its base model; give it with --model.")
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -53,7 +63,7 @@ class Checkpoint:
 
     Example:
         >>> with Checkpoint(Path("models/minilm")) as base:  # doctest: +SKIP
-        ...     base.lines("encoder.layer.0.output.dense", Slice("row", 0, 5))
+        ...     base.originals("encoder.layer.0.output.dense", layer)
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,31 +99,33 @@ class Checkpoint:
             )
         return found[0]
 
-    def shape(self, layer: str) -> tuple[int, ...]:
-        """The shape of a layer's weight as it is stored."""
-        key = self.key(layer)
-        return tuple(self._open(key).get_slice(key).get_shape())
+    def originals(self, name: str, layer: LayerFile) -> dict[Slice, Tensor]:
+        """What the base holds in each slice of a layer, as lines, in the precision that it had in training.
 
-    def lines(self, layer: str, block: Slice, transposed: bool = False) -> Tensor:
-        """A block of a layer's weight as lines, in the stored precision.
-
-        Args:
-            layer: its name in the model.
-            block: rows or columns.
-            transposed: the weight is stored as ``(in, out)``, as transformers' ``Conv1D`` does.
+        Raises:
+            AdapterFileError: if the weight has another shape or other values than it had then.
         """
-        key = self.key(layer)
+        key = self.key(name)
         part = self._open(key).get_slice(key)
-        along_rows = (block.axis == "row") != transposed
-        end = block.start + block.width
-        shape = part.get_shape()
-        if len(shape) != 2 or end > shape[0 if along_rows else 1]:
+        shape = tuple(part.get_shape())
+        if shape != (layer.shape[::-1] if layer.transposed else layer.shape):
             raise AdapterFileError(
-                f"{self.folder}: {key} has shape {tuple(shape)}, too small for {block}; it is not the base model that "
-                "the adapter was trained on."
+                f"{self.folder}: {key} has shape {shape}, and the adapter was trained on {layer.shape}"
+                f"{', transposed' if layer.transposed else ''}. Give the folder of its own base model."
             )
-        values: Tensor = part[block.start : end] if along_rows else part[:, block.start : end].t()
-        return values.contiguous()
+        result = {}
+        for block in layer.values:
+            end = block.start + block.width
+            along_rows = (block.axis == "row") != layer.transposed
+            values = part[block.start : end] if along_rows else part[:, block.start : end].t()
+            result[block] = values.to(layer.dtype).contiguous()
+        found = base_sample(result[layer.visits[0].slice], len(layer.sample))
+        if not same_base(layer.sample, found):
+            raise AdapterFileError(
+                f"{self.folder}: the weight of {name} is not the one that the adapter was trained on (it begins with "
+                f"{found[:1]}, not {layer.sample[:1]}). Give the folder of its own base model."
+            )
+        return result
 
     def _open(self, key: str) -> Any:
         name = self._where[key]

@@ -13,13 +13,13 @@ from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..geometry import Slice, touched
 from ..journal import Visit
 from ..packed import PackedDelta
-from ..state import base_sample, same_base
 from .adapter import Adapter, LayerFile
 from .checkpoint import Checkpoint
 
 __all__ = ["POLICIES", "Overlap", "compose", "overlaps"]
 
 POLICIES = ("refuse", "sum", "last", "mean")
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _SAME = ("mode", "r", "r_row", "r_column", "rank_pattern", "mask_fraction")
 
 
@@ -45,6 +45,8 @@ class Overlap:
 def overlaps(adapters: Sequence[Adapter]) -> list[Overlap]:
     """Every layer and pair of adapters that touch common entries, by position (a touched entry may be unchanged)."""
     result = []
+    for adapter in adapters:
+        _refuse_masks(adapter)
     for i, first in enumerate(adapters):
         for j, second in enumerate(adapters[i + 1 :], start=i + 1):
             for name in first.layers.keys() & second.layers.keys():
@@ -104,14 +106,22 @@ def compose(
         worst = max(clashes, key=lambda name: clashes[name])
         raise ConfigError(
             f"compose: {sum(clashes.values()):,} entries in {len(clashes)} layers were changed by several adapters "
-            f"({clashes[worst]:,} in {worst}). Choose a policy for them ({', '.join(POLICIES[1:])}), or train with "
-            "reserve= so that they do not meet."
+            f"({clashes[worst]:,} in {worst}). Choose a policy for them ({', '.join(POLICIES[1:])}), or train at "
+            "positions= that do not meet."
         )
     owners = [n for n, adapter in enumerate(adapters) if adapter.others]
     chosen = head if head is not None else owners[0] if owners else None
     others = {} if chosen is None else dict(adapters[chosen].others)
     config = _config(adapters, None if chosen is None else adapters[chosen])
     return Adapter(adapters[0].folder, config, layers, others)
+
+
+def _refuse_masks(adapter: Adapter) -> None:
+    for name, layer in adapter.layers.items():
+        if any(block.axis == "entries" for block in layer.values):
+            raise UnsupportedError(
+                f"compose: {name} was trained with a random mask; only rows and columns are composed."
+            )
 
 
 def _check(adapters: Sequence[Adapter], policy: str, weights: Sequence[float] | None, head: int | None) -> None:
@@ -121,15 +131,17 @@ def _check(adapters: Sequence[Adapter], policy: str, weights: Sequence[float] | 
         raise ConfigError(f"compose: policy={policy!r} is unknown; expected one of {', '.join(POLICIES)}.")
     if weights is not None and (policy != "mean" or len(weights) != len(adapters)):
         raise ConfigError(f"compose: weights are for policy='mean', one per adapter ({len(adapters)} here).")
-    if weights is not None and not sum(weights) > 0:
-        raise ConfigError(f"compose: weights={list(weights)} must have a positive sum.")
+    if weights is not None and not (all(0 < weight < float("inf") for weight in weights)):
+        raise ConfigError(f"compose: weights={list(weights)} must be positive numbers.")
+    for adapter in adapters:
+        _refuse_masks(adapter)
     for adapter in adapters[1:]:
         for key in _SAME:
             if adapter.config.get(key) != adapters[0].config.get(key):
                 raise ConfigError(
                     f"compose: {adapter.folder} has {key}={adapter.config.get(key)}, {adapters[0].folder} has "
-                    f"{key}={adapters[0].config.get(key)}; one adapter has one mode and rank. Merge them one after the "
-                    "other instead (slicefine merge)."
+                    f"{key}={adapters[0].config.get(key)}; one adapter has one mode and rank. Export them to LoRA "
+                    "instead (slicefine export), whose changes add up."
                 )
     owners = [n for n, adapter in enumerate(adapters) if adapter.others]
     if head is not None and not 0 <= head < len(adapters):
@@ -146,37 +158,31 @@ def _layer(name: str, parts: list[tuple[LayerFile, float]], base: Checkpoint, po
     """One layer's slices of several adapters in one, and how many entries several of them changed."""
     first = parts[0][0]
     blocks = list(dict.fromkeys(block for layer, _ in parts for block in layer.values))
-    if any(block.axis == "entries" for block in blocks):
-        raise UnsupportedError(f"compose: {name} was trained with a random mask; only rows and columns are composed.")
-    if len({(layer.shape, layer.transposed, layer.room) for layer, _ in parts}) > 1:
+    if len({(layer.shape, layer.transposed, layer.room, layer.dtype) for layer, _ in parts}) > 1:
         raise AdapterFileError(f"compose: the adapters do not agree on the weight of {name}; they have other bases.")
-    originals = {block: base.lines(name, block, first.transposed) for block in blocks}
+    originals: dict[Slice, Tensor] = {}
     for layer, _ in parts:
-        if not same_base(layer.sample, base_sample(originals[layer.visits[0].slice].float())):
-            raise AdapterFileError(
-                f"{base.folder}: the weight of {name} is not the one that the adapters were trained on. Give the "
-                "folder of their own base model."
-            )
+        originals |= base.originals(name, layer)
     matrices = [_matrix(first.shape, originals, layer.values) for layer, _ in parts]
     result = _matrix(first.shape, originals, {})
-    clashes = _matrix(first.shape, {}, {})  # ones where several changed an entry
+    clashes = PackedDelta(first.shape, torch.float32, torch.device("cpu"))  # ones where several changed an entry
     for block in blocks:
-        plain = originals[block].float()
+        plain = originals[block].to(result.dtype)
         values = [matrix.read(block) for matrix in matrices]
         changed = torch.stack([value != plain for value in values])
         result.write(block, _resolved(plain, values, changed, policy, [share for _, share in parts]))
-        clashes.write(block, (changed.sum(0) > 1).float())
-    dtypes = {block: layer.values[block].dtype for layer, _ in parts for block in layer.values}
-    merged = {block: result.read(block).to(dtypes[block]) for block in blocks}
+        clashes.write(block, (changed.sum(0) > 1).to(clashes.dtype))
+    merged = {block: result.read(block) for block in blocks}
     return replace(first, visits=_visits([layer for layer, _ in parts]), values=merged), clashes.count_nonzero()
 
 
 def _matrix(shape: tuple[int, int], originals: dict[Slice, Tensor], values: dict[Slice, Tensor]) -> PackedDelta:
     """The base's lines with an adapter's values in them."""
-    matrix = PackedDelta(shape, torch.float32, torch.device("cpu"))
+    dtypes = [lines.dtype for lines in originals.values()]
+    matrix = PackedDelta(shape, torch.promote_types(dtypes[0], torch.float32), torch.device("cpu"))
     for source in (originals, values):
         for block, lines in source.items():
-            matrix.write(block, lines.float())
+            matrix.write(block, lines)
     return matrix
 
 
@@ -206,11 +212,14 @@ def _visits(layers: list[LayerFile]) -> list[Visit]:
 
 
 def _config(adapters: Sequence[Adapter], head: Adapter | None) -> dict[str, Any]:
-    targets = [adapter.config.get("target_modules") for adapter in adapters]
     names = sorted({name for adapter in adapters for name in adapter.layers})
+    same = all(adapter.config.get(key) == adapters[0].config.get(key) for adapter in adapters for key in _TARGETS)
+    own: dict[str, Any] = {} if same else {**dict.fromkeys(_TARGETS), "target_modules": names}
+    source = {} if head is None else head.config
     changes: dict[str, Any] = {
-        "target_modules": targets[0] if all(target == targets[0] for target in targets) else names,
-        "modules_to_save": None if head is None else head.config.get("modules_to_save"),
+        **own,
+        "trainable_token_indices": source.get("trainable_token_indices"),
+        "modules_to_save": source.get("modules_to_save"),
         "window": None,
         "window_order": "top-down",
         "window_dwell": "uniform",

@@ -18,7 +18,6 @@ from ..geometry import Slice
 from ..journal import Journal, visit_table
 from ..lora import exact_rank, lora_factors, read_factors, truncate
 from ..packed import PackedDelta
-from ..state import base_sample, same_base
 from .adapter import CONFIG, WEIGHTS, Adapter, LayerFile, open_weights, read_config
 from .checkpoint import Checkpoint
 from .writing import atomic_folder
@@ -71,29 +70,20 @@ class Exported:
 
 
 def changes(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, LayerFile, list[tuple[Slice, Tensor]]]]:
-    """Every layer with its slices' changes in fp32, each entry counted once, where rows and columns cross as well.
+    """Every layer with its slices' changes in fp32 or wider, each entry counted once, also where blocks cross.
 
     Args:
         adapter: the slices, which hold values.
         base: the weights that they replace; only their rows and columns are read.
     """
+    _refuse_masks(adapter)
     for name, layer in adapter.layers.items():
-        if any(block.axis == "entries" for block in layer.values):
-            raise UnsupportedError(
-                f"{name}: a random mask's entries lie in all rows and columns, so no small LoRA factors hold them. "
-                "Merge the adapter into its base instead (slicefine merge)."
-            )
-        originals = PackedDelta(layer.shape, torch.float32, torch.device("cpu"))
-        for block in layer.values:
-            originals.write(block, base.lines(name, block, layer.transposed))
-        found = base_sample(originals.read(layer.visits[0].slice))
-        if not same_base(layer.sample, found):
-            raise AdapterFileError(
-                f"{base.folder}: the weight of {name} is not the one that the adapter was trained on (it begins with "
-                f"{found[:1]}, not {layer.sample[:1]}). Give the folder of its own base model."
-            )
+        wide = torch.promote_types(layer.dtype, torch.float32)
+        originals = PackedDelta(layer.shape, wide, torch.device("cpu"))
+        for block, lines in base.originals(name, layer).items():
+            originals.write(block, lines)
         journal = Journal()
-        journal.load(visit_table(layer.visits), {block: values.float() for block, values in layer.values.items()})
+        journal.load(visit_table(layer.visits), {block: values.to(wide) for block, values in layer.values.items()})
         yield name, layer, journal.deltas(originals)
 
 
@@ -123,6 +113,7 @@ def export_lora(
     if to not in RUNTIMES:
         raise ConfigError(f"to={to!r} is unknown; expected one of {', '.join(RUNTIMES)}.")
     runtime = RUNTIMES[to]
+    _refuse_masks(adapter)
     if adapter.others and not runtime.heads:
         raise UnsupportedError(
             f"{to} loads no tensors beside the factors, and this adapter has {len(adapter.others)} "
@@ -156,6 +147,15 @@ def export_lora(
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(_lora_config(adapter, ranks), indent=2) + "\n", encoding="utf-8")
     return Exported(target, ranks, kept, (target / WEIGHTS).stat().st_size)
+
+
+def _refuse_masks(adapter: Adapter) -> None:
+    for name, layer in adapter.layers.items():
+        if any(block.axis == "entries" for block in layer.values):
+            raise UnsupportedError(
+                f"{name}: a random mask's entries lie in all rows and columns, so no small LoRA factors hold them. "
+                "Merge the adapter into its base instead (slicefine merge)."
+            )
 
 
 def read_lora(folder: Path) -> dict[str, list[tuple[Slice, Tensor]]]:
@@ -206,6 +206,7 @@ def _lora_config(adapter: Adapter, ranks: dict[str, int]) -> dict[str, Any]:
         alpha_pattern=dict(single),
         fan_in_fan_out=any(layer.transposed for layer in adapter.layers.values()),
         modules_to_save=source.get("modules_to_save"),
+        trainable_token_indices=source.get("trainable_token_indices"),
         task_type=source.get("task_type"),
         base_model_name_or_path=source.get("base_model_name_or_path"),
         revision=source.get("revision"),

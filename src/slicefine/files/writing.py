@@ -45,7 +45,9 @@ def check_target(output: str | Path, sources: list[Path], overwrite: bool = Fals
         ConfigError: if the folder is in use, or would replace a source.
     """
     target = Path(output).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ConfigError(f"output={str(output)!r} is no folder. Choose another name.")
+    if target.exists() and any(target.iterdir()) and not overwrite:
         raise ConfigError(f"output={str(output)!r} exists and is not empty. Choose another folder, or overwrite=true.")
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):

@@ -14,7 +14,7 @@ from peft.utils import PeftType
 from ..errors import AdapterFileError, ConfigError
 from ..mover import MoveSettings
 from ..schedule import Schedule
-from ..tuner import FORMAT_VERSION
+from ..tuner import ADAPTER_VERSION
 from ..window import make_window
 from .registration import NAME
 
@@ -114,15 +114,15 @@ class SliceFineConfig(PeftConfig):
     weights: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Shape, orientation and a sample of the base's weights. Do not set."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the adapter file. Do not set."})
+    format_version: int = field(default=ADAPTER_VERSION, metadata={"help": "Of the adapter file. Do not set."})
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType(NAME)
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+        if not isinstance(self.format_version, int) or self.format_version > ADAPTER_VERSION:
             raise AdapterFileError(
                 f"the adapter has format version {self.format_version}, and this slicefine reads up to "
-                f"{FORMAT_VERSION}; update slicefine."
+                f"{ADAPTER_VERSION}; update slicefine."
             )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):

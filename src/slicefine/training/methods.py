@@ -73,7 +73,8 @@ def typical_batches(
     if texts and settings.training.group_by_length:
         from transformers.trainer_pt_utils import LengthGroupedSampler
 
-        order = list(LengthGroupedSampler(size, lengths=lengths, generator=generator))
+        together = size * settings.training.gradient_accumulation  # as Trainer groups them
+        order = list(LengthGroupedSampler(together, lengths=lengths, generator=generator))
     else:
         order = torch.randperm(len(rows), generator=generator).tolist()
     groups = [order[at : at + size] for at in range(0, len(order), size)]
