@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from core_helpers import batches, lines_of, mlp, step
 from slicefine import attach
@@ -644,3 +646,33 @@ def test_a_compiled_model_is_not_compiled_again_at_each_move(mode, graphs):
 def test_data_parallel_is_refused():
     with pytest.raises(UnsupportedError, match=r"fc.a: nn.DataParallel copies .* Start one process per GPU"):
         make_layer()._replicate_for_data_parallel()
+
+
+class Products(TorchDispatchMode):
+    """Counts the layer's own forward products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["row", "column", "alternate"])
+def test_checkpointing_does_not_repeat_the_last_product(mode):
+    """Recomputing stops at the last tensor that is kept, and a slice's is kept before the layer's product."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    tuner = attach(model, mode=mode, r=2, interval=100)
+    x = torch.randn(5, 8, requires_grad=True)
+    model(x).square().sum().backward()
+    wanted = [p.grad.clone() for p in (x, *tuner.parameters())]
+    for p in (x, *tuner.parameters()):
+        p.grad = None
+    y = checkpoint(model, x, use_reentrant=False)
+    with Products() as seen:
+        y.square().sum().backward()
+    assert seen.count == 1  # of two layers, the first one's
+    for p, grad in zip((x, *tuner.parameters()), wanted, strict=True):
+        assert_close(p.grad, grad)

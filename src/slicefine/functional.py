@@ -127,6 +127,68 @@ class _TrackSlice(torch.autograd.Function):
         )
 
 
+class _KeepInput(torch.autograd.Function):
+    """Identity on the parameter that keeps what its gradient needs of the layer's input, before the layer runs.
+
+    Non-reentrant checkpointing stops its recomputation at the last tensor that was kept: kept after the layer's GEMM,
+    as `_TrackSlice` does, the GEMM would be computed once more for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, x: Tensor, index: Tensor, axis: str) -> Tensor:
+        ctx.save_for_backward(x.index_select(-1, index) if axis == "column" else x, index)
+        return parameter.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None
+
+
+class _TrackKept(torch.autograd.Function):
+    """`_TrackSlice` with the input kept by `_KeepInput`; it keeps nothing itself."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, kept: Tensor, axis: str, owner: Content | None) -> Tensor:
+        ctx.axis, ctx.owner, ctx.shape, ctx.dtype = axis, owner, kept.shape, kept.dtype
+        ctx.content = None if owner is None else owner.content
+        ctx.node = kept.grad_fn
+        return y.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_content(ctx.owner, ctx.content)
+        kept, index = ctx.node.saved_tensors
+        values = block_gradient(grad, kept, index, ctx.axis)
+        return (
+            grad if ctx.needs_input_grad[0] else None,
+            pad_block(values, ctx.shape).to(ctx.dtype),
+            None,
+            None,
+        )
+
+
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def keep_input(parameter: Tensor, x: Tensor, index: Tensor, axis: str) -> Tensor | None:
+    """Under saved-tensor hooks (checkpointing, offloading) keep the input now; None elsewhere, where order is all one.
+
+    The result stands for the parameter: hand it to `track_kept` with the layer's output.
+    """
+    if _saved_tensor_hooks is None or _saved_tensor_hooks(False) is None:
+        return None
+    result: Tensor = _KeepInput.apply(parameter, x, index, axis)  # type: ignore[no-untyped-call]
+    return result
+
+
+def track_kept(y: Tensor, kept: Tensor, axis: str, owner: Content | None) -> Tensor:
+    """As `track_slice`, with an input that `keep_input` kept."""
+    result: Tensor = _TrackKept.apply(y, kept, axis, owner)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _GuardContent(torch.autograd.Function):
     """Identity for a layer that trains no slice now: its input gradient still needs the forward's weight."""
 

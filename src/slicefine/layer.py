@@ -13,7 +13,18 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .delta import KINDS, expected_shapes, pack, unpack
 from .errors import AdapterFileError, ConfigError, UnsupportedError
-from .functional import Matrix, block_view, guard_content, line_index, pad_block, read_block, track_slice, write_block
+from .functional import (
+    Matrix,
+    block_view,
+    guard_content,
+    keep_input,
+    line_index,
+    pad_block,
+    read_block,
+    track_kept,
+    track_slice,
+    write_block,
+)
 from .geometry import Slice, line_length
 from .journal import read_table
 from .packed import PackedDelta
@@ -587,13 +598,18 @@ class SliceLinear(nn.Module):
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
         compiling = torch.compiler.is_compiling()
         names = self.applied if compiling else self._checked()
+        gradients = torch.is_grad_enabled()
+        parameters = {name: self.slicefine_active[name] for name in names if not self.states[name].idle}
+        trained = [name for name, parameter in parameters.items() if gradients and parameter.requires_grad]
+        kept = None
+        if trained and len(names) == 1 and not compiling:
+            state = self.states[trained[0]]
+            kept = keep_input(parameters[trained[0]], x, state.index, state.axis)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.packed is not None and names:
             y = self.packed.add_product(x, y)
-        if not torch.is_grad_enabled():
+        if not gradients:
             return y
-        parameters = {name: self.slicefine_active[name] for name in names if not self.states[name].idle}
-        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         if not trained:
             if not y.requires_grad or compiling:
                 return y
@@ -605,6 +621,8 @@ class SliceLinear(nn.Module):
             refused = _RefuseBackward.apply(y, parameters[trained[0]], self.label)  # type: ignore[no-untyped-call]
             return cast(Tensor, refused)
         state = self.states[trained[0]]
+        if kept is not None:
+            return track_kept(y, kept, state.axis, self)
         return track_slice(y, x, parameters[trained[0]], state.index, state.axis, None if compiling else self)
 
     def _checked(self) -> list[str]:
