@@ -156,6 +156,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--only", nargs="+", choices=[*SWEEPS, "large-move"], help="these; the others stay as they were"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny models, to try the script")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -173,14 +176,20 @@ def main() -> None:
     def save() -> None:
         (args.out / "scaling.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
+    earlier = args.out / "scaling.json"
+    if args.only and earlier.exists():
+        record = json.loads(earlier.read_text(encoding="utf-8")) | {"again": record["command"]}
     for sweep in SWEEPS:
-        record[sweep] = measure(args, sweep)
-        save()
-    draw(args.out / "scaling.png", record)
-    record["large move"] = []
-    for mode in MODES:
-        record["large move"].append(large_move(args, mode))
-        save()
+        if not args.only or sweep in args.only:
+            record[sweep] = measure(args, sweep)
+            save()
+    if all(sweep in record for sweep in SWEEPS):
+        draw(args.out / "scaling.png", record)
+    if not args.only or "large-move" in args.only:
+        record["large move"] = []
+        for mode in MODES:
+            record["large move"].append(large_move(args, mode))
+            save()
 
 
 if __name__ == "__main__":
