@@ -39,7 +39,7 @@ from slicefine.training.plan import make_plan
 from slicefine.training.run import train
 from slicefine.training.session import build
 from slicefine.training.settings import MethodSettings, SliceSettings, TrainingSettings, TrainSettings
-from slicefine.training.trained import load_trained
+from slicefine.training.trained import load_trained, read_run
 
 # third-party notes that have nothing to do with what is tested
 pytestmark = [
@@ -603,8 +603,10 @@ def test_evaluate_and_merge_check_where_they_write(done: tuple[Path, dict[str, A
         evaluate(adapter, output=str(tmp_path / "nowhere" / "metrics.json"))
     with pytest.raises(ConfigError, match=r"batch_size=0 must be at least 1"):
         evaluate(adapter, batch_size=0)
-    for target in (done[0], done[0] / "adapter"):
-        with pytest.raises(ConfigError, match="holds the adapter itself, which would be replaced"):
+    base = Path(read_run(done[0] / "adapter")["model"]["path"])
+    assert base.is_dir()
+    for target in (done[0], done[0] / "adapter", base):
+        with pytest.raises(ConfigError, match="holds .*, which would be replaced"):
             merge(adapter, str(target), overwrite=True)
 
 

@@ -334,17 +334,19 @@ class SliceLinear(nn.Module):
         They are kept from step to step: only a move, or other storage under either of the two, makes new ones.
         """
         state = self.states[name]
-        place = self._base_weight.data_ptr() if self.packed is None else self.packed.version
-        key = (place, parameter.data_ptr())
         if state.axis == "entries":
             return None
-        if not state.views or state.views[0] != key:
+        if not state.views or state.views[0] != (self._place(), parameter.data_ptr()):
             view = self._view(state.journal.active)
             if view is None:
                 return None
-            key = (key[0] if self.packed is None else self.packed.version, key[1])  # making a view is a change
-            state.views = (key, view, self.block(name))
+            # asked again: making a view may pack lines anew
+            state.views = ((self._place(), parameter.data_ptr()), view, self.block(name))
         return state.views[1], state.views[2]
+
+    def _place(self) -> int:
+        """Changes when views of the weight, or of what lies beside it, do not hold any more."""
+        return self._base_weight.data_ptr() if self.packed is None else self.packed.version
 
     def _view(self, block: Slice) -> Tensor | None:
         return block_view(self._base_matrix(), block) if self.packed is None else self.packed.view(block)
@@ -599,8 +601,9 @@ class SliceLinear(nn.Module):
         compiling = torch.compiler.is_compiling()
         names = self.applied if compiling else self._checked()
         gradients = torch.is_grad_enabled()
-        parameters = {name: self.slicefine_active[name] for name in names if not self.states[name].idle}
-        trained = [name for name, parameter in parameters.items() if gradients and parameter.requires_grad]
+        active = [name for name in names if not self.states[name].idle] if gradients else []
+        parameters = {name: self.slicefine_active[name] for name in active}
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         kept = None
         if trained and len(names) == 1 and not compiling:
             state = self.states[trained[0]]

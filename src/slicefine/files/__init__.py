@@ -1,1 +1,1 @@
-"""Adapters as files: read, export, compose and undo them without running a model."""
+"""Adapters as files: read, write, export and compose them without running a model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError
+from ..files.adapter import WEIGHTS, find_adapter, open_weights, read_config
 from ..geometry import touched
 from ..journal import Visit, read_table
 from .counts import layer_kind
@@ -69,30 +69,23 @@ def read_contents(folder: str | Path) -> Contents:
         >>> read_contents("runs/demo/adapter").layers[0].visits  # doctest: +SKIP
         [Visit(slice=Slice(axis='row', start=0, width=5), first_step=1, last_step=53), ...]
     """
-    path = Path(folder)
-    if not (path / "adapter_config.json").is_file() and (path / "adapter" / "adapter_config.json").is_file():
-        path = path / "adapter"  # the output folder was given instead of its adapter/
-    config = _read_config(path / "adapter_config.json")
-    weights = path / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise AdapterFileError(f"{weights} is missing; copy the whole adapter folder, or train again.")
+    path = find_adapter(folder)
+    config = read_config(path)
+    weights = path / WEIGHTS
     layers: dict[str, dict[str, Any]] = {}
     others: dict[str, int] = {}
-    try:
-        with safe_open(weights, framework="pt") as file:
-            for key in sorted(file.keys()):
-                name, mark, kind = key.rpartition(_MARK)
-                count = _count(file.get_slice(key).get_shape())
-                if not mark:
-                    others[key] = count
-                    continue
-                layer = layers.setdefault(name.removeprefix("base_model.model."), {"values": 0})
-                if kind == "journal":
-                    layer["visits"] = read_table(file.get_tensor(key))
-                else:
-                    layer["values"] += count
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{weights}: cannot be read as a safetensors file ({error}); it is corrupt.") from error
+    with open_weights(path) as file:
+        for key in sorted(file.keys()):
+            name, mark, kind = key.rpartition(_MARK)
+            count = math.prod(file.get_slice(key).get_shape())
+            if not mark:
+                others[key] = count
+                continue
+            layer = layers.setdefault(name.removeprefix("base_model.model."), {"values": 0})
+            if kind == "journal":
+                layer["visits"] = read_table(file.get_tensor(key))
+            else:
+                layer["values"] += count
     return Contents(path, config, [_layer(weights, n, p) for n, p in layers.items()], others, weights.stat().st_size)
 
 
@@ -133,31 +126,12 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     console.print(facts)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise AdapterFileError(f"{path} is missing; give the folder of an adapter in PEFT's layout.")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise AdapterFileError(f"{path}: not readable as JSON ({error}); the file is corrupt.") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError(f"{path}: expected a JSON object, got {type(config).__name__}; the file is corrupt.")
-    return config
-
-
 def _layer(path: Path, name: str, part: dict[str, Any]) -> LayerContents:
     if "visits" not in part:
         raise AdapterFileError(f"{path}: layer {name} has values but no journal; the file is incomplete.")
     slices = [visit.slice for visit in part["visits"]]
     rows, columns = len(touched(slices, "row")), len(touched(slices, "column"))
     return LayerContents(name, part["visits"], rows, columns, part["values"])
-
-
-def _count(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _steps(layers: list[LayerContents]) -> list[str]:

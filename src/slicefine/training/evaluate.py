@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import Trainer, TrainingArguments
 
 from ..errors import ConfigError, DataError
-from ..files.writing import atomic_folder
+from ..files.writing import atomic_folder, check_target
 from ..tasks import Prepared
 from ..tasks.settings import DataSettings
 from ..tasks.sources import load_splits
@@ -97,14 +97,9 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
         AdapterFileError: if the adapter is missing or corrupt.
         ConfigError: if the output folder is not empty or cannot be written.
     """
-    target = Path(output).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
-        raise ConfigError(f"output={output!r} exists and is not empty. Choose another folder, or give overwrite=true.")
     run = read_run(Path(adapter))
-    if run["folder"].resolve().is_relative_to(target.resolve()):
-        raise ConfigError(
-            f"output={output!r} holds the adapter itself, which would be replaced. Choose another folder."
-        )
+    base = Path(model or run["model"]["path"]).expanduser()  # a name on the hub is no folder
+    target = check_target(output, [run["folder"], *([base] if base.is_dir() else [])], overwrite)
     trained = load_trained(Path(adapter), model)
     whole = trained.model.merge_and_unload() if run["adapter"] else trained.model
     try:
