@@ -35,7 +35,7 @@ from slicefine.mover import movers_of
 MODES = ("row", "column", "alternate")
 SWEEPS = {
     "width": (256, 512, 1024, 2048, 4096),
-    "depth": (2, 4, 8, 16),
+    "depth": (2, 4, 8, 16, 32),
     "rank": (1, 8, 32, 128),
     "moves": (0, 1, 10, 100),
 }

@@ -26,6 +26,7 @@ LADDER = [
     "journal",
     "delta",
     "state",
+    "transfer",
     "layer",
     "mover",
     "tuner",
@@ -40,6 +41,7 @@ ALLOWED["functional"] = {"errors", "geometry", "packed"}  # tensors only: no sch
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
+ALLOWED["transfer"] -= {"packed", "window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
 CORE = list(ALLOWED)
 EXTERNAL = {"torch", "safetensors"}

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core_helpers import slice_mask
+from slicefine.delta import pack, unpack
 from slicefine.errors import AdapterFileError, UnsupportedError
 from slicefine.functional import read_block, write_block
 from slicefine.geometry import Slice
-from slicefine.journal import Journal, Visit, read_table
+from slicefine.journal import Journal, Visit, read_table, visit_table
 
 SHAPE = (5, 6)
 HISTORY = 3
@@ -100,12 +101,12 @@ class JournalMachine(RuleBasedStateMachine):
     def file_form_is_complete(self):
         if not hasattr(self, "weight"):
             return
-        assert [v.slice for v in read_table(self.journal.table())] == [block for block, _ in self.visits]
+        assert [v.slice for v in read_table(visit_table(self.journal.visits))] == [block for block, _ in self.visits]
         assert self.journal.slices() == list(dict.fromkeys(block for block, _ in self.visits))
         assert [block for block, _ in self.journal.trained(self.weight)] == self.journal.slices()
         rebuilt = self.base.clone()
         other = Journal()
-        other.load(self.journal.table(), {b: v.clone() for b, v in self.journal.trained(self.weight)})
+        other.load(visit_table(self.journal.visits), {b: v.clone() for b, v in self.journal.trained(self.weight)})
         other.apply(rebuilt)
         assert torch.equal(rebuilt, self.trained)
         other.revert(rebuilt)
@@ -119,6 +120,24 @@ class JournalMachine(RuleBasedStateMachine):
             claimed += dense != 0
         assert torch.equal(total, self.trained - self.base)
         assert claimed.max() <= 1
+        self.history_survives_a_file()
+
+    def history_survives_a_file(self):
+        """What `pack` writes undoes as many visits as the journal itself would, to the same bits."""
+        tensors = pack(self.journal, self.weight)
+        active = dict(self.journal.trained(self.weight))[self.journal.active]
+        values = unpack(tensors, active, SHAPE, "fc")
+        rebuilt, other = self.base.clone(), Journal(HISTORY)
+        other.load(tensors["journal"], values, tensors.get("before"))
+        other.apply(rebuilt)
+        again = pack(other, rebuilt)
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(again[kind], tensors[kind]) for kind in again)
+        for moves in range(1, min(self.kept, len(self.visits) - 1) + 1):
+            other.undo(rebuilt)
+            assert torch.equal(rebuilt, self.snapshots[-moves])
+        other.revert(rebuilt)
+        assert torch.equal(rebuilt, self.base)
 
 
 JournalMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
@@ -179,7 +198,7 @@ def test_the_first_visit_cannot_be_undone():
 def test_a_loaded_journal_has_nothing_to_undo():
     weight = base_weight()
     journal = trained_journal(BLOCKS[:3], weight)
-    table, values = journal.table(), dict(journal.trained(weight))
+    table, values = visit_table(journal.visits), dict(journal.trained(weight))
     journal.revert(weight)
     journal.load(table, values)
     journal.apply(weight)
@@ -220,11 +239,12 @@ def test_two_journals_add_up_and_come_off_again():
 def test_table_round_trip():
     weight = base_weight()
     journal = trained_journal([Slice("row", 0, 2), Slice("column", 1, 2), Slice("entries", 0, 7)], weight)
-    table = journal.table()
-    assert table.tolist() == [[0, 0, 2, 1, 1], [1, 1, 2, 2, 2], [2, 0, 7, 3, 3]]
+    table = visit_table(journal.visits)
+    assert table.tolist() == [[0, 0, 2, 1, 1, -1], [1, 1, 2, 2, 2, -1], [2, 0, 7, 3, 3, -1]]
     assert read_table(table) == journal.visits
     assert read_table(table)[1] == Visit(Slice("column", 1, 2), 2, 2)
-    assert Journal().table().shape == (0, 5)
+    assert read_table(table[:, :5]) == journal.visits  # version 1
+    assert visit_table([]).shape == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -248,5 +268,5 @@ def test_impossible_entries_are_refused(entry):
     ids=["columns", "empty", "1-D", "float"],
 )
 def test_tables_of_another_form_are_refused(table):
-    with pytest.raises(AdapterFileError, match=r"expected an integer tensor of shape \(visits, 5\), got torch"):
+    with pytest.raises(AdapterFileError, match=r"expected an integer tensor of shape \(visits, 6\), got torch"):
         read_table(table)

@@ -174,7 +174,7 @@ BROKEN = {
     ),
     "other rank": (
         lambda p: rewritten(p, lambda t: t | {"4.slicefine_active": torch.zeros(3, 5)}),
-        r"4: the file has an active block of shape \(3, 5\), expected \(2, 5\); use the rank",
+        r"4: the file has an active block of shape \(3, 5\), expected \(2, 5\). The file is incomplete",
     ),
     "corrupt journal": (
         lambda p: rewritten(p, lambda t: t | {"4.slicefine_journal": -t["4.slicefine_journal"]}),
@@ -182,7 +182,7 @@ BROKEN = {
     ),
     "other base": (
         lambda p: rewritten(
-            p, lambda t: t | {"4.slicefine_journal": t["4.slicefine_journal"] * torch.tensor([1, 9, 1, 1, 1])}
+            p, lambda t: t | {"4.slicefine_journal": t["4.slicefine_journal"] * torch.tensor([1, 9, 1, 1, 1, 1])}
         ),
         "lies outside a matrix",
     ),

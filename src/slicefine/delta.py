@@ -3,10 +3,11 @@
 ::
 
     <layer>.slicefine_active    float  (lines, line length)  the active block, fp32 master, zero padding in alternate
-    <layer>.slicefine_journal   int64  (visits, 5)           axis, start, width, first step, last step
+    <layer>.slicefine_journal   int64  (visits, 6)           axis, start, width, first step, last step, in the history
     <layer>.slicefine_rows      base   (rows, in)            finished rows in ascending order
     <layer>.slicefine_columns   base   (columns, out)        finished columns in ascending order
     <layer>.slicefine_entries   base   (entries,)            finished random-mask draws, one after the other
+    <layer>.slicefine_before    base   (values,)             what undoing the last visits needs, see `Journal.history`
 
 Rows, columns and entries follow from the journal, so values need no indices. Absent tensors are empty ones.
 """
@@ -21,14 +22,14 @@ from torch import Tensor
 from .errors import AdapterFileError
 from .functional import Matrix
 from .geometry import AXES, Slice, line_length, touched
-from .journal import Journal, Visit, read_table, visit_table
+from .journal import Journal, Visit, history_count, kept_counts, read_table, visit_table
 
 __all__ = ["Delta", "KINDS", "expected_shapes", "pack", "pack_values", "unpack"]
 
 # the one type that flows: training produces it; saving, merging, exporting and analysing consume it
 Delta = dict[str, list[tuple[Slice, Tensor]]]
 
-KINDS = ("journal", "rows", "columns", "entries")
+KINDS = ("journal", "rows", "columns", "entries", "before")
 _AXIS = {"rows": "row", "columns": "column", "entries": "entries"}
 
 
@@ -39,11 +40,14 @@ def pack(journal: Journal, weight: Matrix) -> dict[str, Tensor]:
         journal: the adapter's journal on this weight.
         weight: the matrix ``(rows, columns)`` that it is or is not applied to.
     """
-    return pack_values(journal.visits, dict(journal.trained(weight)))
+    shape = (weight.shape[0], weight.shape[1])
+    return pack_values(journal.visits, dict(journal.trained(weight)), journal.history(shape))
 
 
-def pack_values(visits: Sequence[Visit], trained: Mapping[Slice, Tensor]) -> dict[str, Tensor]:
-    """As `pack`, of the visits and of what stands in each visited slice, in the order of first visit."""
+def pack_values(
+    visits: Sequence[Visit], trained: Mapping[Slice, Tensor], history: Sequence[Tensor | None] = ()
+) -> dict[str, Tensor]:
+    """As `pack`, of the visits, of what stands in each visited slice, in the order of first visit, and the history."""
     active = visits[-1].slice
     lines: dict[str, dict[int, Tensor]] = {"row": {}, "column": {}}
     draws: list[Tensor] = []
@@ -56,7 +60,10 @@ def pack_values(visits: Sequence[Visit], trained: Mapping[Slice, Tensor]) -> dic
             lines[block.axis].update(zip(block.indices(), values, strict=True))
     for i in active.indices() if active.axis != "entries" else ():
         lines[active.axis].pop(i, None)
-    tensors = {"journal": visit_table(visits)}
+    kept = [-1 if part is None else part.numel() for part in history] or None
+    tensors = {"journal": visit_table(visits, kept)}
+    if kept is not None and max(kept) > 0:
+        tensors["before"] = torch.cat([part for part in history if part is not None])
     for kind, axis in (("rows", "row"), ("columns", "column")):
         if lines[axis]:
             tensors[kind] = torch.stack([lines[axis][i] for i in sorted(lines[axis])])
@@ -90,7 +97,12 @@ def expected_shapes(table: Tensor, shape: tuple[int, int]) -> dict[str, tuple[in
             count = len([i for i in touched(finished, axis) if i not in own])
         if count:
             shapes[kind] = (count,) if axis == "entries" else (count, line_length(axis, shape))
-    return shapes
+    counts = kept_counts(table)
+    for i, count in enumerate(counts):
+        if count >= 0 and count != history_count(visits, i, shape):
+            raise AdapterFileError(f"journal: the history of visit {i + 1} has {count} values; the file is corrupt.")
+    kept = sum(count for count in counts if count > 0)
+    return shapes | ({"before": (kept,)} if kept else {})
 
 
 def unpack(tensors: Mapping[str, Tensor], active: Tensor, shape: tuple[int, int], where: str) -> dict[Slice, Tensor]:
@@ -107,7 +119,7 @@ def unpack(tensors: Mapping[str, Tensor], active: Tensor, shape: tuple[int, int]
     """
     table = tensors["journal"]
     expected = expected_shapes(table, shape)
-    for kind in _AXIS:
+    for kind in KINDS[1:]:
         found = tuple(tensors[kind].shape) if kind in tensors else None
         if found != expected.get(kind):
             raise AdapterFileError(

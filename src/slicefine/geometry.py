@@ -8,13 +8,24 @@ No function here touches a weight (paper, Section 1, "Terminology").
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from .errors import ConfigError
 
-__all__ = ["AXES", "Slice", "block_count", "block_start", "entry_indices", "line_length", "shared_entries", "touched"]
+__all__ = [
+    "AXES",
+    "Slice",
+    "block_count",
+    "block_start",
+    "covered",
+    "entry_indices",
+    "line_length",
+    "shared_entries",
+    "touched",
+]
 
 AXES = ("row", "column", "entries")
 
@@ -114,3 +125,40 @@ def shared_entries(a: Slice, b: Slice) -> tuple[slice, slice] | None:
         return slice(None), slice(b.start, b.start + b.width)
     low, high = max(a.start, b.start), min(a.start + a.width, b.start + b.width)
     return (slice(low - a.start, high - a.start), slice(None)) if low < high else None
+
+
+def covered(block: Slice, others: Iterable[Slice], shape: tuple[int, int]) -> torch.Tensor:
+    """Which entries of a block other slices cover, too: bool, as lines ``(width, line length)``.
+
+    Example:
+        >>> covered(Slice("row", 2, 2), [Slice("column", 1, 1)], (4, 3))
+        tensor([[False,  True, False],
+                [False,  True, False]])
+    """
+    if block.axis == "entries":
+        own = entry_indices(block, shape)
+        found = torch.zeros(len(own), dtype=torch.bool)
+        for other in others:
+            found |= _inside(own, other, shape)
+        return found.unsqueeze(0)
+    found = torch.zeros(block.width, line_length(block.axis, shape), dtype=torch.bool)
+    for other in others:
+        if other.axis == "entries":
+            indices = entry_indices(other, shape)
+            indices = indices[_inside(indices, block, shape)]
+            rows, columns = indices // shape[1], indices % shape[1]
+            line, place = (rows, columns) if block.axis == "row" else (columns, rows)
+            found[line - block.start, place] = True
+        else:
+            part = shared_entries(block, other)
+            if part is not None:
+                found[part] = True
+    return found
+
+
+def _inside(indices: torch.Tensor, block: Slice, shape: tuple[int, int]) -> torch.Tensor:
+    """Which flat indices lie in a slice."""
+    if block.axis == "entries":
+        return torch.isin(indices, entry_indices(block, shape))
+    line = indices // shape[1] if block.axis == "row" else indices % shape[1]
+    return (line >= block.start) & (line < block.start + block.width)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .errors import AdapterFileError, UnsupportedError
 from .functional import Matrix, read_block, write_block
-from .geometry import AXES, Slice, entry_indices, shared_entries
+from .geometry import AXES, Slice, covered
 
-__all__ = ["Journal", "Visit", "read_table", "visit_table"]
+__all__ = ["Journal", "Visit", "history_count", "kept_counts", "read_table", "split_history", "visit_table"]
 
 
 class Visit(NamedTuple):
@@ -46,12 +46,18 @@ class Journal:
         self.applied = False
         self._originals: dict[Slice, Tensor] = {}
         self._trained: dict[Slice, Tensor] = {}
+        # of the last visits: the whole block's values as lines, or, from a file, those of entries trained before (1-D)
         self._before: deque[Tensor] = deque(maxlen=history)
 
     @property
     def active(self) -> Slice:
         """The slice that is, or was last, in training."""
         return self.visits[-1].slice
+
+    @property
+    def reach(self) -> int:
+        """How many of the last visits can be undone at most."""
+        return self._before.maxlen or 0
 
     @property
     def step(self) -> int:
@@ -104,10 +110,21 @@ class Journal:
                 not applied (then the weight holds the originals, which an undo must not touch).
         """
         self.check_undo()
-        last = self.visits.pop()
-        write_block(weight, last.slice, self._before.pop())
-        if last.slice not in self.slices():
+        last, before = self.visits.pop(), self._before.pop()
+        slices = self.slices()
+        if before.dim() == 1:
+            before = self._whole(last, before, slices, weight)
+        write_block(weight, last.slice, before)
+        if last.slice not in slices:
             self._originals.pop(last.slice)
+
+    def _whole(self, visit: Visit, packed: Tensor, earlier: list[Slice], weight: Matrix) -> Tensor:
+        """A block's values from before a visit: `history`'s, and the originals where nothing was trained before."""
+        if visit.last_step < visit.first_step:
+            return read_block(weight, visit.slice)  # no step changed anything
+        values = self._originals[visit.slice].clone()
+        values[covered(visit.slice, earlier, (weight.shape[0], weight.shape[1]))] = packed.cpu().to(values.dtype)
+        return values
 
     # -- swapping -------------------------------------------------------------------------------------------------
 
@@ -145,8 +162,8 @@ class Journal:
         result: list[tuple[Slice, Tensor]] = []
         for block, values in self._trained.items():
             delta = values.to(weight.device) - read_block(weight, block).to(values.dtype)
-            for earlier, _ in result:
-                _clear_shared(delta, block, earlier, weight)
+            earlier = [other for other, _ in result]
+            delta[covered(block, earlier, (weight.shape[0], weight.shape[1])).to(delta.device)] = 0
             result.append((block, delta))
         return result
 
@@ -160,9 +177,26 @@ class Journal:
 
     # -- files ----------------------------------------------------------------------------------------------------
 
-    def table(self) -> Tensor:
-        """The visits as an int64 tensor ``(visits, 5)``: axis, start, width, first step, last step."""
-        return visit_table(self.visits)
+    def history(self, shape: tuple[int, int]) -> list[Tensor | None]:
+        """For each visit what `undo` needs beside the originals: values, from before it, of entries trained earlier.
+
+        1-D each, line by line; empty for a visit without steps; None where the history does not reach.
+
+        Args:
+            shape: of the matrix.
+        """
+        result: list[Tensor | None] = [None] * len(self.visits)
+        first = len(self.visits) - len(self._before)
+        for i, before in enumerate(self._before, start=first):
+            block, first_step, last_step = self.visits[i]
+            if last_step < first_step:
+                result[i] = before.new_empty(0)
+            elif before.dim() == 1:
+                result[i] = before
+            else:
+                earlier = dict.fromkeys(visit.slice for visit in self.visits[:i])
+                result[i] = before[covered(block, earlier, shape)]
+        return result
 
     def trained(self, weight: Matrix) -> list[tuple[Slice, Tensor]]:
         """``(slice, trained values)`` of every visited slice, from wherever they are now."""
@@ -170,8 +204,13 @@ class Journal:
             return list(self._trained.items())
         return [(block, read_block(weight, block)) for block in self._originals]
 
-    def load(self, table: Tensor, trained: dict[Slice, Tensor]) -> None:
+    def load(self, table: Tensor, trained: dict[Slice, Tensor], before: Tensor | None = None) -> None:
         """Replace the content of a reverted journal; call `apply` next.
+
+        Args:
+            table: the visits, see `visit_table`.
+            trained: what stands in each visited slice, in the order of first visit.
+            before: what `history` gave, in one piece.
 
         Raises:
             AdapterFileError: if the table's shape or a value in it makes no sense.
@@ -181,52 +220,66 @@ class Journal:
         self._originals.clear()
         self._before.clear()
         self.applied = False
+        for part in reversed(split_history(table, before)):
+            if part is None:
+                break
+            self._before.appendleft(part.cpu())
+        last = self.visits[-1]
+        if self._before and last.last_step < last.first_step:  # it may still get steps
+            self._before[-1] = self._trained[last.slice].cpu()
 
 
-def visit_table(visits: Sequence[Visit]) -> Tensor:
-    """Visits as an int64 tensor ``(visits, 5)``: axis, start, width, first step, last step."""
-    rows = [[AXES.index(v.slice.axis), *v.slice[1:], v.first_step, v.last_step] for v in visits]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 5)
+def visit_table(visits: Sequence[Visit], kept: Sequence[int] | None = None) -> Tensor:
+    """Visits as an int64 tensor ``(visits, 6)``: axis, start, width, first step, last step, values in the history.
+
+    Args:
+        visits: in the order in which they were made.
+        kept: number of values that the history holds for each, -1 where it does not reach; None: nowhere.
+    """
+    kept = [-1] * len(visits) if kept is None else kept
+    rows = [
+        [AXES.index(v.slice.axis), *v.slice[1:], v.first_step, v.last_step, count]
+        for v, count in zip(visits, kept, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
 
 
 def read_table(table: Tensor) -> list[Visit]:
-    """Parse `Journal.table` and check it: known axes, positive widths, no step range that ends before it begins."""
-    if table.dim() != 2 or table.shape[1] != 5 or table.shape[0] < 1 or table.is_floating_point():
+    """Parse a `visit_table` and check it: known axes, positive widths, no step range that ends before it begins.
+
+    Raises:
+        AdapterFileError: if its shape or a value in it makes no sense. Five columns, without history, are version 1.
+    """
+    if table.dim() != 2 or table.shape[1] not in (5, 6) or table.shape[0] < 1 or table.is_floating_point():
         raise AdapterFileError(
-            f"journal: expected an integer tensor of shape (visits, 5), got {table.dtype} {tuple(table.shape)}; "
+            f"journal: expected an integer tensor of shape (visits, 6), got {table.dtype} {tuple(table.shape)}; "
             "the adapter file is corrupt or was not written by slicefine."
         )
     visits: list[Visit] = []
     for entry in table.tolist():
-        axis, start, width, first, last = entry
-        if axis not in range(len(AXES)) or start < 0 or width < 1 or first < 1 or last < first - 1:
+        axis, start, width, first, last, *kept = entry
+        bad = axis not in range(len(AXES)) or start < 0 or width < 1 or first < 1 or last < first - 1
+        if bad or any(count < -1 for count in kept):
             raise AdapterFileError(f"journal: impossible entry {entry}; the file is corrupt.")
         visits.append(Visit(Slice(AXES[axis], start, width), first, last))
     return visits
 
 
-def _clear_shared(delta: Tensor, block: Slice, earlier: Slice, weight: Matrix) -> None:
-    """Zero the part of ``delta`` that an earlier slice already counts."""
-    shape = (weight.shape[0], weight.shape[1])
-    if block.axis == "entries":
-        indices = entry_indices(block, shape)
-        delta[0, _covers(earlier, indices, shape).to(delta.device)] = 0
-    elif earlier.axis == "entries":
-        indices = entry_indices(earlier, shape)
-        indices = indices[_covers(block, indices, shape)].to(delta.device)
-        line, place = indices // shape[1], indices % shape[1]
-        if block.axis == "column":
-            line, place = place, line
-        delta[line - block.start, place] = 0
-    else:
-        part = shared_entries(block, earlier)
-        if part is not None:
-            delta[part] = 0
+def kept_counts(table: Tensor) -> list[int]:
+    """For each visit the number of values that the history holds, -1 where it does not reach."""
+    return [-1] * table.shape[0] if table.shape[1] == 5 else [int(count) for count in table[:, 5]]
 
 
-def _covers(block: Slice, indices: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Which flat indices lie in a slice."""
-    if block.axis == "entries":
-        return torch.isin(indices, entry_indices(block, shape))
-    line = indices // shape[1] if block.axis == "row" else indices % shape[1]
-    return (line >= block.start) & (line < block.start + block.width)
+def history_count(visits: Sequence[Visit], number: int, shape: tuple[int, int]) -> int:
+    """How many values `Journal.history` holds for visit ``number`` (from 0): entries that earlier visits trained."""
+    block, first_step, last_step = visits[number]
+    if last_step < first_step:
+        return 0
+    return int(covered(block, dict.fromkeys(visit.slice for visit in visits[:number]), shape).sum())
+
+
+def split_history(table: Tensor, before: Tensor | None) -> list[Tensor | None]:
+    """`Journal.history` again, from its values in one piece."""
+    counts = kept_counts(table)
+    parts = iter(torch.split(torch.empty(0) if before is None else before, [c for c in counts if c >= 0]))
+    return [None if count < 0 else next(parts) for count in counts]

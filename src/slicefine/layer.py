@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .delta import KINDS, expected_shapes, pack, unpack
+from .delta import KINDS
 from .errors import AdapterFileError, ConfigError, UnsupportedError
 from .functional import (
     Matrix,
@@ -26,10 +26,11 @@ from .functional import (
     write_block,
 )
 from .geometry import Slice, line_length
-from .journal import read_table
+from .journal import visit_table
 from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at
-from .state import BESIDE, ORIGINALS, AdapterState, AdapterTensors, base_sample, same_base
+from .state import NO_SAMPLE, AdapterState
+from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .window import Place
 
 __all__ = ["SliceLinear", "is_hidden", "is_transposed", "supports"]
@@ -82,7 +83,7 @@ class SliceLinear(nn.Module):
         self.states: dict[str, AdapterState] = {}
         self._order: list[str] = []  # adapters in the order of their last application
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
-        self._arriving: dict[str, Tensor] = {}  # what the slices in that weight replaced, by adapter
+        self.arriving: dict[str, Tensor] = {}  # what the slices in that weight replaced, by adapter
         self.slicefine_active = nn.ParameterDict()
         for kind in (*KINDS, BESIDE if additive else ORIGINALS):
             setattr(self, f"slicefine_{kind}", AdapterTensors(self, kind))
@@ -106,13 +107,18 @@ class SliceLinear(nn.Module):
 
     def _base_matrix(self) -> Tensor:
         weight = self._base_weight.data
-        return weight.t() if is_transposed(self.base_layer) else weight
+        return weight.t() if self.transposed else weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base keeps its weight as ``(in, out)``."""
+        return is_transposed(self.base_layer)
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, columns)`` = (output units, input features)."""
         rows, columns = self._base_weight.shape
-        return (columns, rows) if is_transposed(self.base_layer) else (rows, columns)
+        return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def weight(self) -> Tensor:
@@ -166,7 +172,7 @@ class SliceLinear(nn.Module):
         state.deferred = self._base_weight.is_meta
         if not state.deferred:
             with self.reverted():
-                self._begin(name, slice_at(schedule, 0, self.shape, layer_name))
+                self.begin(name, slice_at(schedule, 0, self.shape, layer_name))
                 state.journal.revert(self.dense())
 
     def delete_slice(self, name: str) -> None:
@@ -179,7 +185,7 @@ class SliceLinear(nn.Module):
         """Make the weight hold exactly the adapters ``names``; the originals elsewhere, bit for bit."""
         names = [name for name in names if name in self.states]
         for name in names:
-            self._settle(name)
+            self.settle(name)
         self.requested = names if self._base_weight.is_meta else None
         if names == self.applied or self._base_weight.is_meta:
             return
@@ -247,7 +253,7 @@ class SliceLinear(nn.Module):
     def cast_active(self, name: str, dtype: torch.dtype) -> None:
         """Keep adapter ``name``'s parameter in ``dtype`` from now on (a new parameter, as PEFT's own casts make)."""
         if self.slicefine_active[name].dtype != dtype:
-            self._settle(name)
+            self.settle(name)
             old = self.slicefine_active[name]
             self.slicefine_active[name] = nn.Parameter(old.data.to(dtype), requires_grad=old.requires_grad)
 
@@ -279,25 +285,25 @@ class SliceLinear(nn.Module):
     def move(self, name: str, block: Slice, step: int | None = None) -> None:
         """Freeze the active slice of an applied adapter and load ``block`` into its parameter (see `Journal.begin`)."""
         self._sync(name)
-        self._begin(name, block, step)
+        self.begin(name, block, step)
 
     def stand(self, name: str, place: Place) -> None:
         """Put adapter ``name`` under a window of blocks: it trains only while the layer is inside."""
         self.states[name].place = place
-        self._aim(name)
+        self.aim(name)
 
     def undo(self, name: str) -> None:
         """Take back the last move of an applied adapter."""
         state = self.states[name]
         state.journal.undo(self.dense())
-        self._load_active(name)
+        self.load_active(name)
 
-    def _begin(self, name: str, block: Slice, step: int | None = None) -> None:
+    def begin(self, name: str, block: Slice, step: int | None = None) -> None:
         self.check_block(name, block)
         self.states[name].journal.begin(self.dense(), block, step)
-        self._load_active(name)
+        self.load_active(name)
 
-    def _load_active(self, name: str) -> None:
+    def load_active(self, name: str) -> None:
         """Make parameter, index and content stamp agree with the journal's active slice."""
         state, parameter = self.states[name], self.slicefine_active[name]
         active = state.journal.active
@@ -306,11 +312,11 @@ class SliceLinear(nn.Module):
             with torch.no_grad():
                 parameter.data.zero_()
                 self.block(name).copy_(read_block(self.dense(), active))
-        self._aim(name)
+        self.aim(name)
         state.previous = None
         self.mark_synced(name)
 
-    def _aim(self, name: str) -> None:
+    def aim(self, name: str) -> None:
         """Make what the forward looks at agree with the journal's last visit."""
         state = self.states[name]
         visit = max(0, len(state.journal.visits) - 1)
@@ -368,54 +374,21 @@ class SliceLinear(nn.Module):
             state.previous.copy_(self.slicefine_active[name].detach())
         self.mark_synced(name)
 
-    def _settle(self, name: str) -> None:
+    def settle(self, name: str) -> None:
         """Finish what had to wait: a base weight without values, a file's tensors, a parameter written elsewhere."""
         state = self.states[name]
         if self._base_weight.is_meta:
             return
         if state.deferred and "journal" not in state.staged:
             with self.reverted():
-                self._begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
+                self.begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
                 state.journal.revert(self.dense())
         state.deferred = False
         if "journal" in state.staged and not self.slicefine_active[name].is_meta:
-            self._install(name)
+            install(self, name)
         elif not state.journal.applied and not self._in_sync(name):
             self._refresh_reverted(name)
         self._sync(name)
-
-    def _install(self, name: str) -> None:
-        """Replace adapter ``name`` by the file tensors that were staged."""
-        state, parameter = self.states[name], self.slicefine_active[name]
-        tensors = {kind: t.detach() for kind, t in state.staged.items()}
-        values = unpack(tensors, parameter, self.shape, state.layer_name)
-        names = self.applied
-        table, sample = tensors["journal"].cpu(), state.sample
-        state.forget()  # before anything is applied: applying settles, settling installs
-        self.mark_synced(name)  # what the loader put into the parameter must not get into the weight yet
-        self.apply_only([])
-        try:
-            self._check_base(table, sample)
-        except AdapterFileError:
-            self._recover(name, names)
-            raise
-        state.journal.load(table, values)
-        self._aim(name)
-        half = parameter.dtype != self._base_weight.dtype  # then the weight cannot tell the master's values
-        state.previous = parameter.detach().clone() if half else None
-        self.mark_synced(name)
-        self.apply_only(names)
-
-    def _recover(self, name: str, names: list[str]) -> None:
-        """After a refusal: what was loaded into adapter ``name``'s parameter goes, its own block comes back."""
-        state, weight = self.states[name], self.dense()
-        if state.journal.visits:
-            state.journal.apply(weight)
-            self._load_active(name)
-        else:
-            self._begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
-        state.journal.revert(weight)
-        self.apply_only(names)
 
     def _refresh_reverted(self, name: str) -> None:
         """A parameter changed while its adapter was not applied: carry the new values into the journal."""
@@ -426,66 +399,6 @@ class SliceLinear(nn.Module):
             state.journal.apply(self.dense())
             self._sync(name)
             state.journal.revert(self.dense())
-
-    # -- files ----------------------------------------------------------------------------------------------------
-
-    def file_tensors(self, name: str) -> dict[str, Tensor]:
-        """Tensors of adapter ``name`` for a file (see `slicefine.delta`), the active block left out."""
-        state = self.states[name]
-        if state.deferred or self.slicefine_active[name].is_meta or state.layout.keys() - state.staged.keys():
-            return _placeholders(state.layout) | state.staged  # a file is on its way: say what is expected
-        self._settle(name)
-        return pack(state.journal, self.dense())
-
-    def state_tensor(self, name: str, kind: str) -> Tensor | None:
-        """One tensor of adapter ``name`` for a state dict.
-
-        It holds the weight, too, with the applied slices in it: without the originals it could not be unloaded again.
-        """
-        if kind == BESIDE:
-            return torch.empty(0)
-        if kind != ORIGINALS:
-            return self.file_tensors(name).get(kind)
-        journal = self.states[name].journal
-        if not journal.applied:
-            return None
-        with self.reverted() as weight:
-            return torch.cat([read_block(weight, block).reshape(-1) for block in journal.slices()])
-
-    def expect(self, name: str, layout: dict[str, tuple[int, ...]], sample: Sequence[float] = ()) -> None:
-        """Announce what a file will bring.
-
-        Args:
-            name: the adapter.
-            layout: shapes of its tensors, for loaders that compare shapes before they load.
-            sample: values of the base that its slices were trained on (`weight_facts`); another base is refused.
-        """
-        self.states[name].layout, self.states[name].sample = layout, list(sample)
-
-    def weight_facts(self, name: str) -> dict[str, Any]:
-        """What a file says of the weight under adapter ``name``: shape, orientation, precision, a few of its values."""
-        journal = self.states[name].journal
-        if self.applied == [name]:
-            values = journal.original()
-        else:
-            with self.reverted() as weight:
-                values = read_block(weight, journal.visits[0].slice)
-        facts = {"shape": list(self.shape), "transposed": is_transposed(self.base_layer)}
-        return facts | {"dtype": str(values.dtype).removeprefix("torch."), "sample": base_sample(values)}
-
-    def _check_base(self, table: Tensor, wanted: list[float]) -> None:
-        """Raise `AdapterFileError` unless the reverted weight is the one that a file's slices were trained on.
-
-        Precisions may differ: values are compared with the tolerance of bfloat16.
-        """
-        if not wanted:
-            return
-        found = base_sample(read_block(self.dense(), read_table(table)[0].slice), len(wanted))
-        if not same_base(wanted, found):
-            raise AdapterFileError(
-                f"{self.label}: its weight is not the one that the adapter was trained on (it begins with {found[:1]}, "
-                f"not {wanted[:1]}). Slices hold values, which fit their own base model only: load that one."
-            )
 
     def combine(self, name: str, parts: dict[str, float]) -> None:
         """Add adapter ``name`` with the weighted sum of other adapters' deltas (same schedule), not applied."""
@@ -501,54 +414,18 @@ class SliceLinear(nn.Module):
             for journal in reversed(journals):
                 journal.revert(weight)
         state = self.states[name]
-        table = torch.cat([journal.table() for journal in journals])
+        table = visit_table([visit for journal in journals for visit in journal.visits])
         state.journal.load(table, {s: values[s] for s in slices})
         with self.reverted() as weight:
             state.journal.apply(weight)
-            self._load_active(name)
+            self.load_active(name)
             state.journal.revert(weight)
-
-    def stage(self, name: str, kind: str, tensor: Tensor) -> None:
-        """Take over one tensor of a file; it is installed when the journal and the active block are there."""
-        if kind == "journal":
-            expected_shapes(tensor, self.shape)  # refuse a foreign or corrupt journal before anything changes
-        if kind == ORIGINALS:
-            self._arriving[name] = tensor
-        elif kind != BESIDE:
-            self.states[name].staged[kind] = tensor
-
-    def check_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Raise `AdapterFileError` unless a file's tensors, ``active`` among them, fit adapter ``name``."""
-        parameter = self.slicefine_active[name]
-        active = tensors.get("active")
-        if active is None or active.shape != parameter.shape or "journal" not in tensors:
-            raise AdapterFileError(
-                f"{self.label}: the file has an active block of shape {None if active is None else tuple(active.shape)}"
-                f"{'' if 'journal' in tensors else ' and no journal'}, expected {tuple(parameter.shape)}; use the rank "
-                "and mode it was trained with."
-            )
-        unpack(tensors, active, self.shape, self.label)
-        sample = self.states[name].sample
-        if sample and not self._base_weight.is_meta:
-            with self.reverted():
-                self._check_base(tensors["journal"], sample)
-
-    def load_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Install a file's tensors, ``active`` among them, in one go, or refuse them before anything changes."""
-        self.check_tensors(name, tensors)
-        device = self._base_weight.device
-        for kind in KINDS:
-            if kind in tensors:
-                self.stage(name, kind, tensors[kind].to(device))
-        with torch.no_grad():
-            self.slicefine_active[name].copy_(tensors["active"])
-        self._settle(name)
 
     # -- nn.Module ------------------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Before a weight arrives together with the slices that it holds, ours are taken out of the old one."""
-        self._arriving = {}
+        self.arriving = {}
         sliced = any(key.startswith(f"{prefix}slicefine_journal.") for key in state_dict)
         beside = any(key.startswith(f"{prefix}slicefine_{BESIDE}.") for key in state_dict)
         if sliced and beside != (self.packed is not None):
@@ -561,19 +438,6 @@ class SliceLinear(nn.Module):
             self.apply_only([])
             self.requested = names
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
-
-    def _take_out_arrived(self) -> None:
-        """Restore what the slices of a loaded weight replaced; their journal, still staged, says where they are."""
-        arrived, self._arriving = self._arriving, {}
-        for name, values in arrived.items():
-            if self._base_weight.is_meta or self.requested is None or "journal" not in self.states[name].staged:
-                continue
-            visits = read_table(self.states[name].staged["journal"])
-            blocks = list(dict.fromkeys(visit.slice for visit in visits))
-            lengths = [line_length(block.axis, self.shape) for block in blocks]
-            parts = torch.split(values, [block.width * length for block, length in zip(blocks, lengths, strict=True)])
-            for block, length, part in zip(blocks, lengths, parts, strict=True):
-                write_block(self.dense(), block, part.reshape(-1, length))
 
     def _replicate_for_data_parallel(self) -> Any:
         raise UnsupportedError(
@@ -636,8 +500,8 @@ class SliceLinear(nn.Module):
         for name in names:
             state = self.states[name]
             if state.staged or state.deferred or not self._in_sync(name):
-                self._settle(name)
-            state.layout, state.sample = {}, []  # whoever runs the model has finished loading
+                self.settle(name)
+            state.layout, state.sample = {}, NO_SAMPLE  # whoever runs the model has finished loading
         return names
 
 
@@ -670,17 +534,11 @@ def _warn_below(state: AdapterState) -> None:
         )
 
 
-def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Tensors of the right shape for loaders that look before they load; they are never written to a file."""
-    types = {kind: torch.int64 if kind == "journal" else torch.float32 for kind in layout}
-    return {kind: torch.empty(shape, dtype=types[kind]) for kind, shape in layout.items()}
-
-
 def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:
     assert isinstance(layer, SliceLinear)
-    layer._take_out_arrived()
+    take_out_arrived(layer)
     names = layer.requested  # settling may forget them
     for name in list(layer.states):  # settling may reorder them
-        layer._settle(name)
+        layer.settle(name)
     if names is not None:
         layer.apply_only(names)

@@ -1,29 +1,43 @@
-"""What a layer keeps for each adapter, and the modules through which its tensors enter and leave state dicts."""
+"""What a layer keeps for each adapter, beside its parameter."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .errors import AdapterFileError
+from .geometry import Slice
 from .journal import Journal
 from .schedule import Schedule
 from .window import Place
 
-__all__ = ["BESIDE", "ORIGINALS", "AdapterState", "AdapterTensors", "base_sample", "new_stamp", "same_base"]
+__all__ = ["NO_SAMPLE", "AdapterState", "BaseSample", "base_sample", "new_stamp", "read_sample", "same_base"]
 
-# one more kind of tensor, for state dicts that hold whole weights; never in an adapter file
-ORIGINALS = "originals"  # what the slices in the weight replaced
-BESIDE = "beside"  # empty: says that the slices are differences beside the weight
 _STAMPS = itertools.count(1)
 
 
 def new_stamp() -> int:
     """A number that no weight's content had before in this process."""
     return next(_STAMPS)
+
+
+class BaseSample(NamedTuple):
+    """A few values of a base model's weight, which tell it from other models.
+
+    Attributes:
+        slice: where they are from; None where that is not known yet.
+        values: see `base_sample`.
+    """
+
+    slice: Slice | None
+    values: list[float]
+
+
+NO_SAMPLE = BaseSample(None, [])
 
 
 def base_sample(values: Tensor, count: int = 8) -> list[float]:
@@ -35,6 +49,26 @@ def base_sample(values: Tensor, count: int = 8) -> list[float]:
     """
     flat = values.reshape(-1).double()
     return [float(f"{value:.6g}") for value in flat[:: max(1, flat.numel() // count)][:count].tolist()]
+
+
+def read_sample(facts: Mapping[str, Any], shape: tuple[int, int], layer: str) -> BaseSample:
+    """What a file says of the base's values under one layer.
+
+    Raises:
+        AdapterFileError: if that makes no sense for a weight of ``shape``.
+    """
+    try:
+        values = [float(value) for value in facts.get("sample", ())]
+        if "sampled" not in facts:  # version 1: of the first visited slice
+            return BaseSample(None, values)
+        axis, start, width = facts["sampled"]
+        block = Slice(str(axis), int(start), int(width))
+        block.check(shape, layer)
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{layer}: what the adapter's file says of the base's weight makes no sense ({error}); it is corrupt."
+        ) from error
+    return BaseSample(block, values)
 
 
 def same_base(wanted: Sequence[float], found: Sequence[float]) -> bool:
@@ -58,7 +92,7 @@ class AdapterState:
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
         self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
-        self.sample: list[float] = []  # of the base that a file's slices were trained on, see `base_sample`
+        self.sample = NO_SAMPLE  # of the base that a file's slices were trained on
         self.place: Place | None = None  # under a window of blocks; None: the layer always trains
         self.idle = False  # outside the window now: the forward attaches no slice
         self.below = False  # idle, and below the window: no gradient should come here
@@ -67,7 +101,7 @@ class AdapterState:
 
     def forget(self) -> None:
         """Drop what was staged of a file, and what was announced of it."""
-        self.staged, self.layout, self.sample = {}, {}, []
+        self.staged, self.layout, self.sample = {}, {}, NO_SAMPLE
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"views": ()}  # a view would be pickled with all of the weight under it
@@ -76,35 +110,3 @@ class AdapterState:
         """Note that the weight holds the parameter's values as they are now."""
         self.synced = (id(parameter), parameter._version)
         self.stamp = new_stamp()
-
-
-class AdapterTensors(nn.Module):
-    """Input and output of one kind of file tensor; shapes follow the run, so nothing is stored here."""
-
-    def __init__(self, owner: Any, kind: str) -> None:
-        super().__init__()
-        object.__setattr__(self, "_owner", owner)  # not a child module: the owner contains this one
-        self._kind = kind
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name in list(self._owner.states):
-            tensor = self._owner.state_tensor(name, self._kind)
-            if tensor is not None:
-                destination[prefix + name] = tensor
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        for name in list(self._owner.states):
-            if prefix + name in state_dict:
-                self._owner.stage(name, self._kind, state_dict[prefix + name])
-
-    def __getattr__(self, name: str) -> Any:
-        owner = self.__dict__.get("_owner")
-        if owner is not None and name in owner.states:
-            return owner.state_tensor(name, self._kind)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in getattr(self.__dict__.get("_owner"), "states", {}):
-            self._owner.stage(name, self._kind, value)
-        else:
-            super().__setattr__(name, value)

@@ -20,6 +20,7 @@ from .errors import AdapterFileError, ConfigError
 from .layer import SliceLinear, supports
 from .mover import Mover, MoveSettings
 from .schedule import Positions, Schedule
+from .transfer import check_tensors, file_tensors, load_tensors
 from .window import make_window, places
 
 __all__ = [
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2  # of a tuner's file; 2 says that additive slices are told apart
-ADAPTER_VERSION = 1  # of an adapter folder in PEFT's layout
+ADAPTER_VERSION = 2  # of an adapter folder in PEFT's layout; 2 has values to undo the last visits with
 _NAME = "default"
 
 
@@ -101,7 +102,7 @@ class SliceTuner:
         """Write the slices and their journal to one safetensors file."""
         tensors = {}
         for name, layer in self.layers.items():
-            for kind, tensor in layer.file_tensors(_NAME).items():
+            for kind, tensor in file_tensors(layer, _NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
             tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
         header = {"version": 2 if self.additive else 1, "additive": self.additive}
@@ -139,9 +140,9 @@ class SliceTuner:
             name, _, kind = key.rpartition(".slicefine_")
             own[name][kind] = tensor
         for name, layer in self.layers.items():  # all of them are checked before the first one changes
-            layer.check_tensors(_NAME, own[name])
+            check_tensors(layer, _NAME, own[name])
         for name, layer in self.layers.items():
-            layer.load_tensors(_NAME, own[name])
+            load_tensors(layer, _NAME, own[name])
 
 
 def attach(

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import SliceFineError, UnsupportedError
 from ..layer import SliceLinear
 from ..mover import movers_of
+from ..transfer import file_tensors
 from .methods import Method, make_optimizer
 from .shapes import loss_of, step_loss
 
@@ -212,7 +213,7 @@ class Workload:
                 tensor
                 for mover in movers_of(self.model)
                 for layer in mover.layers.values()
-                for tensor in layer.file_tensors(mover.name).values()
+                for tensor in file_tensors(layer, mover.name).values()
             ]
             return sum(t.numel() * t.element_size() for t in (*self.trained, *visited))
         with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,8 @@ from ..delta import KINDS, pack_values, unpack
 from ..errors import AdapterFileError
 from ..functional import pad_block
 from ..geometry import Slice
-from ..journal import Visit, read_table
+from ..journal import Visit, read_table, split_history
+from ..state import BaseSample, read_sample
 from ..tuner import ADAPTER_VERSION
 from .writing import atomic_folder
 
@@ -38,18 +39,20 @@ class LayerFile:
         transposed: the base stores that weight as ``(in, out)`` (transformers' ``Conv1D``).
         visits: where the slice was, and when.
         values: what the weight holds in each visited slice, as lines, in the order of first visit.
-        sample: a few of the base's values in the first of them, which tell it from other models.
+        sample: a few of the base's values, which tell it from other models.
         dtype: the weight's precision in training; finished slices are stored in it.
         room: shape of the persistent parameter, which holds the last slice.
+        before: for each visit what undoing it needs (`Journal.history`), None where the history does not reach.
     """
 
     shape: tuple[int, int]
     transposed: bool
     visits: list[Visit]
     values: dict[Slice, Tensor]
-    sample: list[float]
+    sample: BaseSample
     dtype: torch.dtype
     room: tuple[int, int]
+    before: list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,10 @@ def write_adapter(adapter: Adapter, target: Path) -> None:
     tensors = {key: tensor.contiguous() for key, tensor in adapter.others.items()}
     config = {**adapter.config, "layout": {}, "weights": {}, "format_version": ADAPTER_VERSION}
     for name, layer in adapter.layers.items():
-        own = pack_values(layer.visits, layer.values)
+        own = pack_values(layer.visits, layer.values, layer.before)
         config["layout"][name] = {kind: list(tensor.shape) for kind, tensor in own.items()}
-        facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": layer.sample}
+        facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": layer.sample.values}
+        facts["sampled"] = list(layer.sample.slice or layer.visits[0].slice)
         config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")}
         own = {kind: t.to(layer.dtype) if t.is_floating_point() else t for kind, t in own.items()}
         active = layer.values[layer.visits[-1].slice]
@@ -178,10 +182,10 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
     try:
         rows, columns = (int(size) for size in facts["shape"])
         transposed = bool(facts["transposed"])
-        sample = [float(value) for value in facts["sample"]]
         dtype = _DTYPES[facts["dtype"]]
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
+    sample = read_sample(facts, (rows, columns), name)
     values = unpack(tensors, tensors["active"], (rows, columns), name)
     visits = read_table(tensors["journal"])
     room = (int(tensors["active"].shape[0]), int(tensors["active"].shape[1]))
@@ -189,4 +193,5 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         raise AdapterFileError(
             f"{file}: {name}'s active block has lines of {room[1]}, which do not fit a weight of {rows} x {columns}."
         )
-    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room)
+    before = split_history(tensors["journal"], tensors.get("before"))
+    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room, before)

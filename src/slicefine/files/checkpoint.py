@@ -113,19 +113,14 @@ class Checkpoint:
                 f"{self.folder}: {key} has shape {shape}, and the adapter was trained on {layer.shape}"
                 f"{', transposed' if layer.transposed else ''}. Give the folder of its own base model."
             )
-        result = {}
-        for block in layer.values:
-            end = block.start + block.width
-            along_rows = (block.axis == "row") != layer.transposed
-            values = part[block.start : end] if along_rows else part[:, block.start : end].t()
-            result[block] = values.to(layer.dtype).contiguous()
-        found = base_sample(result[layer.visits[0].slice], len(layer.sample))
-        if not same_base(layer.sample, found):
+        sampled, wanted = layer.sample.slice or layer.visits[0].slice, layer.sample.values
+        found = base_sample(_lines(part, sampled, layer), len(wanted))
+        if not same_base(wanted, found):
             raise AdapterFileError(
                 f"{self.folder}: the weight of {name} is not the one that the adapter was trained on (it begins with "
-                f"{found[:1]}, not {layer.sample[:1]}). Give the folder of its own base model."
+                f"{found[:1]}, not {wanted[:1]}). Give the folder of its own base model."
             )
-        return result
+        return {block: _lines(part, block, layer) for block in layer.values}
 
     def _open(self, key: str) -> Any:
         name = self._where[key]
@@ -152,6 +147,14 @@ class Checkpoint:
             )
         self._files[_SINGLE] = self._stack.enter_context(_open(self.folder / _SINGLE))
         return dict.fromkeys(self._files[_SINGLE].keys(), _SINGLE)
+
+
+def _lines(part: Any, block: Slice, layer: LayerFile) -> Tensor:
+    """A block of a stored weight as lines, read alone."""
+    end = block.start + block.width
+    along_rows = (block.axis == "row") != layer.transposed
+    values: Tensor = part[block.start : end] if along_rows else part[:, block.start : end].t()
+    return values.to(layer.dtype).contiguous()
 
 
 def _open(path: Path) -> Any:

@@ -173,7 +173,9 @@ def _layer(name: str, parts: list[tuple[LayerFile, float]], base: Checkpoint, po
         result.write(block, _resolved(plain, values, changed, policy, [share for _, share in parts]))
         clashes.write(block, (changed.sum(0) > 1).to(clashes.dtype))
     merged = {block: result.read(block) for block in blocks}
-    return replace(first, visits=_visits([layer for layer, _ in parts]), values=merged), clashes.count_nonzero()
+    visits = _visits([layer for layer, _ in parts])
+    whole = replace(first, visits=visits, values=merged, before=[None] * len(visits))  # in no single order: no undo
+    return whole, clashes.count_nonzero()
 
 
 def _matrix(shape: tuple[int, int], originals: dict[Slice, Tensor], values: dict[Slice, Tensor]) -> PackedDelta:

@@ -43,7 +43,7 @@ class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
                 block = self.block(adapter_name)
                 block.add_(torch.randn_like(block) * 0.1 * block.std().clamp(min=0.05))
                 self.slicefine_active[adapter_name].add_(0)  # a visible write: the journal takes the values over
-            self._settle(adapter_name)
+            self.settle(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference)
 
     def _refresh(self) -> None:
@@ -75,7 +75,7 @@ class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
         """Fold adapters into the base weight (they are: this fixes which ones, and stops training them)."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.states]
         for name in names if safe_merge else ():
-            self._settle(name)
+            self.settle(name)
             values = [v for _, v in self.states[name].journal.trained(self.dense())] + [self.block(name)]
             if not all(bool(v.isfinite().all()) for v in values):
                 raise ValueError(
@@ -107,7 +107,7 @@ class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense ``trained - original`` of one adapter, shaped like the base layer's weight."""
-        self._settle(adapter)
+        self.settle(adapter)
         with self.reverted() as weight:
             delta = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
             for block, values in self.states[adapter].journal.deltas(weight):
@@ -127,7 +127,7 @@ class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
         target = device if device is not None else self.get_base_layer().weight.device
         if not parameter.is_meta and parameter.device != target:
             self.slicefine_active[adapter_name] = parameter.to(target)
-        self._settle(adapter_name)
+        self.settle(adapter_name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.pop("adapter_names", None) is not None:

@@ -19,7 +19,8 @@ from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..layer import SliceLinear, is_hidden, supports
 from ..mover import Mover
 from ..schedule import Schedule
-from ..state import ORIGINALS
+from ..state import read_sample
+from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, weight_facts
 from ..tuner import shared_names, warn_about_clamped
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
@@ -149,7 +150,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if layout is not None:
             facts = (peft_config.weights or {}).get(current_key, {})
             shapes = {kind: tuple(shape) for kind, shape in layout.items() if kind in KINDS}
-            layer.expect(adapter_name, shapes, facts.get("sample", ()))
+            expect(layer, adapter_name, shapes, read_sample(facts, layer.shape, current_key))
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -289,11 +290,11 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         result = {key: tensor for key, tensor in result.items() if f".{cls.prefix}{ORIGINALS}" not in key}
         config.layout, config.weights = {}, {}
         for _, layer in layers:
-            tensors = layer.file_tensors(adapter_name)
+            tensors = file_tensors(layer, adapter_name)
             name = layer.states[adapter_name].layer_name
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
-                config.weights[name] = layer.weight_facts(adapter_name)
+                config.weights[name] = weight_facts(layer, adapter_name)
         return result
 
     @classmethod
@@ -319,7 +320,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                         renamed.pop(candidate, None)
                         renamed[f"{key}.{adapter_name}"] = own[kind]
                         unused.discard(candidate)
-            _check_layer_tensors(name, layer, adapter_name, own)
+            check_tensors(layer, adapter_name, own)
         if unused:
             raise AdapterFileError(
                 f"the adapter file has slices for {sorted(unused)[0].partition('.' + cls.prefix)[0]} "
@@ -354,15 +355,3 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if not layer.states:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
-
-
-def _check_layer_tensors(name: str, layer: SliceFineLinear, adapter: str, tensors: dict[str, Tensor]) -> None:
-    expected = tuple(layer.slicefine_active[adapter].shape)
-    found = tuple(tensors["active"].shape) if "active" in tensors else None
-    if found != expected or "journal" not in tensors:
-        raise AdapterFileError(
-            f"{name}: the adapter file has an active block of shape {found}"
-            f"{'' if 'journal' in tensors else ' and no journal'}, expected {expected}. The file is incomplete, or was "
-            "made for another base model, rank or mode."
-        )
-    layer.check_tensors(adapter, tensors)

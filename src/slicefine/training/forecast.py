@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..bench.workload import enable_checkpointing, gradients_to_inputs, kept_bytes, state_bytes, timed_step
 from ..delta import expected_shapes
-from ..journal import Journal, Visit
+from ..journal import Visit, history_count, visit_table
 from ..layer import SliceLinear
 from ..mover import Mover, movers_of
 from ..schedule import slice_at
@@ -109,9 +109,10 @@ def adapter_bytes(mover: Mover, moves: int) -> int:
     """Bytes of the slices in an adapter file after so many moves, header included."""
     total = 0
     for name, layer in mover.layers.items():
-        journal = Journal()
-        journal.visits = planned_slices(layer, mover.name, moves)
-        table = journal.table()
+        visits = planned_slices(layer, mover.name, moves)
+        reach = len(visits) - layer.states[mover.name].journal.reach
+        kept = [-1 if i < reach else history_count(visits, i, layer.shape) for i in range(len(visits))]
+        table = visit_table(visits, kept)
         shapes = expected_shapes(table, layer.shape)
         parameter = layer.slicefine_active[mover.name]
         finished = sum(math.prod(shape) for shape in shapes.values()) * layer.weight.element_size()

@@ -1,0 +1,262 @@
+"""One layer's adapter as tensors: out for a file or a state dict, in from one, checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .delta import KINDS, expected_shapes, pack, unpack
+from .errors import AdapterFileError
+from .functional import Matrix, read_block, write_block
+from .geometry import Slice, line_length
+from .journal import read_table
+from .schedule import slice_at
+from .state import NO_SAMPLE, AdapterState, BaseSample, base_sample, same_base
+
+__all__ = [
+    "BESIDE",
+    "ORIGINALS",
+    "AdapterTensors",
+    "check_tensors",
+    "expect",
+    "file_tensors",
+    "install",
+    "load_tensors",
+    "take_out_arrived",
+    "weight_facts",
+]
+
+# two more kinds of tensor, for state dicts that hold whole weights; never in an adapter file
+ORIGINALS = "originals"  # what the slices in the weight replaced
+BESIDE = "beside"  # empty: says that the slices are differences beside the weight
+
+
+class Holder(Protocol):
+    """What is used of a layer here; see `slicefine.layer.SliceLinear`."""
+
+    states: dict[str, AdapterState]
+    slicefine_active: nn.ParameterDict
+    requested: list[str] | None
+    arriving: dict[str, Tensor]
+
+    @property
+    def applied(self) -> list[str]: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def transposed(self) -> bool: ...
+    @property
+    def weight(self) -> Tensor: ...
+    def dense(self) -> Matrix: ...
+    def reverted(self) -> AbstractContextManager[Matrix]: ...
+    def apply_only(self, names: Sequence[str]) -> None: ...
+    def begin(self, name: str, block: Slice) -> None: ...
+    def load_active(self, name: str) -> None: ...
+    def aim(self, name: str) -> None: ...
+    def settle(self, name: str) -> None: ...
+    def mark_synced(self, name: str) -> None: ...
+
+
+class AdapterTensors(nn.Module):
+    """Input and output of one kind of file tensor in state dicts; shapes follow the run, so nothing is stored here."""
+
+    def __init__(self, owner: Holder, kind: str) -> None:
+        super().__init__()
+        object.__setattr__(self, "_owner", owner)  # not a child module: the owner contains this one
+        self._kind = kind
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name in list(self._owner.states):
+            tensor = _state_tensor(self._owner, name, self._kind)
+            if tensor is not None:
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        for name in list(self._owner.states):
+            if prefix + name in state_dict:
+                _stage(self._owner, name, self._kind, state_dict[prefix + name])
+
+    def __getattr__(self, name: str) -> Any:
+        owner = self.__dict__.get("_owner")
+        if owner is not None and name in owner.states:
+            return _state_tensor(owner, name, self._kind)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner = self.__dict__.get("_owner")
+        if owner is not None and name in owner.states:
+            _stage(owner, name, self._kind, value)
+        else:
+            super().__setattr__(name, value)
+
+
+# -- out ----------------------------------------------------------------------------------------------------------
+
+
+def file_tensors(layer: Holder, name: str) -> dict[str, Tensor]:
+    """Tensors of adapter ``name`` for a file (see `slicefine.delta`), the active block left out."""
+    state = layer.states[name]
+    if state.deferred or layer.slicefine_active[name].is_meta or state.layout.keys() - state.staged.keys():
+        return _placeholders(state.layout) | state.staged  # a file is on its way: say what is expected
+    layer.settle(name)
+    return pack(state.journal, layer.dense())
+
+
+def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
+    """What a file says of the weight under adapter ``name``: shape, orientation, precision, a few of its values."""
+    journal = layer.states[name].journal
+    if layer.applied == [name]:
+        values = journal.original()
+    else:
+        with layer.reverted() as weight:
+            values = read_block(weight, journal.visits[0].slice)
+    facts = {"shape": list(layer.shape), "transposed": layer.transposed}
+    facts |= {"sample": base_sample(values), "sampled": list(journal.visits[0].slice)}
+    return facts | {"dtype": str(values.dtype).removeprefix("torch.")}
+
+
+def _state_tensor(layer: Holder, name: str, kind: str) -> Tensor | None:
+    """One tensor of adapter ``name`` for a state dict.
+
+    It holds the weight, too, with the applied slices in it: without the originals it could not be unloaded again.
+    """
+    if kind == BESIDE:
+        return torch.empty(0)
+    if kind != ORIGINALS:
+        return file_tensors(layer, name).get(kind)
+    journal = layer.states[name].journal
+    if not journal.applied:
+        return None
+    with layer.reverted() as weight:
+        return torch.cat([read_block(weight, block).reshape(-1) for block in journal.slices()])
+
+
+def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Tensors of the right shape for loaders that look before they load; they are never written to a file."""
+    types = {kind: torch.int64 if kind == "journal" else torch.float32 for kind in layout}
+    return {kind: torch.empty(shape, dtype=types[kind]) for kind, shape in layout.items()}
+
+
+# -- in -----------------------------------------------------------------------------------------------------------
+
+
+def expect(layer: Holder, name: str, layout: dict[str, tuple[int, ...]], sample: BaseSample = NO_SAMPLE) -> None:
+    """Announce what a file will bring.
+
+    Args:
+        layer: where to.
+        name: the adapter.
+        layout: shapes of its tensors, for loaders that compare shapes before they load.
+        sample: values of the base that its slices were trained on (`weight_facts`); another base is refused.
+    """
+    layer.states[name].layout, layer.states[name].sample = layout, sample
+
+
+def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
+    """Raise `AdapterFileError` unless a file's tensors, ``active`` among them, fit adapter ``name``."""
+    parameter = layer.slicefine_active[name]
+    active = tensors.get("active")
+    if active is None or active.shape != parameter.shape or "journal" not in tensors:
+        raise AdapterFileError(
+            f"{layer.label}: the file has an active block of shape {None if active is None else tuple(active.shape)}"
+            f"{'' if 'journal' in tensors else ' and no journal'}, expected {tuple(parameter.shape)}. The file is "
+            "incomplete, or was made for another base model, rank or mode."
+        )
+    unpack(tensors, active, layer.shape, layer.label)
+    sample = layer.states[name].sample
+    if not layer.weight.is_meta:
+        with layer.reverted():
+            _check_base(layer, tensors["journal"], sample)
+
+
+def load_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
+    """Install a file's tensors, ``active`` among them, in one go, or refuse them before anything changes."""
+    check_tensors(layer, name, tensors)
+    device = layer.weight.device
+    for kind in KINDS:
+        if kind in tensors:
+            _stage(layer, name, kind, tensors[kind].to(device))
+    with torch.no_grad():
+        layer.slicefine_active[name].copy_(tensors["active"])
+    layer.settle(name)
+
+
+def install(layer: Holder, name: str) -> None:
+    """Replace adapter ``name`` by the file tensors that were staged."""
+    state, parameter = layer.states[name], layer.slicefine_active[name]
+    tensors = {kind: t.detach() for kind, t in state.staged.items()}
+    values = unpack(tensors, parameter, layer.shape, state.layer_name)
+    names = layer.applied
+    table, sample = tensors["journal"].cpu(), state.sample
+    state.forget()  # before anything is applied: applying settles, settling installs
+    layer.mark_synced(name)  # what the loader put into the parameter must not get into the weight yet
+    layer.apply_only([])
+    try:
+        _check_base(layer, table, sample)
+    except AdapterFileError:
+        _recover(layer, name, names)
+        raise
+    state.journal.load(table, values, tensors.get("before"))
+    layer.aim(name)
+    half = parameter.dtype != layer.weight.dtype  # then the weight cannot tell the master's values
+    state.previous = parameter.detach().clone() if half else None
+    layer.mark_synced(name)
+    layer.apply_only(names)
+
+
+def take_out_arrived(layer: Holder) -> None:
+    """Restore what the slices of a loaded weight replaced; their journal, still staged, says where they are."""
+    arrived, layer.arriving = layer.arriving, {}
+    for name, values in arrived.items():
+        if layer.weight.is_meta or layer.requested is None or "journal" not in layer.states[name].staged:
+            continue
+        visits = read_table(layer.states[name].staged["journal"])
+        blocks = list(dict.fromkeys(visit.slice for visit in visits))
+        lengths = [line_length(block.axis, layer.shape) for block in blocks]
+        parts = torch.split(values, [block.width * length for block, length in zip(blocks, lengths, strict=True)])
+        for block, length, part in zip(blocks, lengths, parts, strict=True):
+            write_block(layer.dense(), block, part.reshape(-1, length))
+
+
+def _stage(layer: Holder, name: str, kind: str, tensor: Tensor) -> None:
+    """Take over one tensor of a file; it is installed when the journal and the active block are there."""
+    if kind == "journal":
+        expected_shapes(tensor, layer.shape)  # refuse a foreign or corrupt journal before anything changes
+    if kind == ORIGINALS:
+        layer.arriving[name] = tensor
+    elif kind != BESIDE:
+        layer.states[name].staged[kind] = tensor
+
+
+def _check_base(layer: Holder, table: Tensor, sample: BaseSample) -> None:
+    """Raise `AdapterFileError` unless the reverted weight is the one that a file's slices were trained on.
+
+    Precisions may differ: values are compared with the tolerance of bfloat16.
+    """
+    if not sample.values:
+        return
+    block = sample.slice or read_table(table)[0].slice
+    found, wanted = base_sample(read_block(layer.dense(), block), len(sample.values)), sample.values
+    if not same_base(wanted, found):
+        raise AdapterFileError(
+            f"{layer.label}: its weight is not the one that the adapter was trained on (it begins with {found[:1]}, "
+            f"not {wanted[:1]}). Slices hold values, which fit their own base model only: load that one."
+        )
+
+
+def _recover(layer: Holder, name: str, names: list[str]) -> None:
+    """After a refusal: what was loaded into adapter ``name``'s parameter goes, its own block comes back."""
+    state, weight = layer.states[name], layer.dense()
+    if state.journal.visits:
+        state.journal.apply(weight)
+        layer.load_active(name)
+    else:
+        layer.begin(name, slice_at(state.schedule, 0, layer.shape, state.layer_name))
+    state.journal.revert(weight)
+    layer.apply_only(names)
