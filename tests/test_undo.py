@@ -7,17 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from core_helpers import slice_mask
+from peft_helpers import THIRD_PARTY, config, llama, train
+from slicefine.cli.main import main
 from slicefine.delta import pack, unpack
 from slicefine.errors import ConfigError, UnsupportedError
-from slicefine.files.adapter import Adapter, LayerFile
+from slicefine.files.adapter import Adapter, LayerFile, read_adapter
 from slicefine.files.undo import drop, undo
 from slicefine.functional import read_block, write_block
 from slicefine.geometry import Slice
 from slicefine.journal import Journal, split_history
+from slicefine.mover import movers_of
 from slicefine.state import NO_SAMPLE
+
+pytestmark = THIRD_PARTY
 
 SHAPE = (5, 6)
 BLOCKS = [
@@ -137,10 +143,60 @@ def test_settings_that_make_no_sense_are_refused():
     run = Run([Slice("row", 0, 2), Slice("row", 2, 2)], [1, 1])
     with pytest.raises(ConfigError, match=r"moves=0 must be at least 1"):
         undo(run.adapter, 0)
-    with pytest.raises(ConfigError, match=r"has 2 visits, counted from 0; there is no 2"):
+    with pytest.raises(ConfigError, match=r"has 2 visits; there is no number 3"):
         drop(run.adapter, 2)
     with pytest.raises(ConfigError, match="has one visit, and without it nothing is left"):
         undo(run.adapter, 2)
     uneven = run.adapter.layers | {"other": drop(run.adapter, 0).layers["fc"]}
     with pytest.raises(UnsupportedError, match="visited 1 to 2 times, as in a composed adapter"):
         undo(Adapter(Path("somewhere"), {}, uneven))
+
+
+def trained_folder(tmp_path: Path, moves: int = 3):
+    """An adapter folder, and the model's weights before each of its moves and at the end."""
+    model = get_peft_model(llama(), config("alternate", moves=None, interval=2, target_modules=["q_proj", "down_proj"]))
+    stages = []
+    for number in range(moves + 1):
+        stages.append(dense(model))
+        train(model, 2 if number < moves else 1)
+    model.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "extra.txt").write_text("kept")
+    return model, [*stages, dense(model)]
+
+
+def dense(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "base_layer.weight" in n}
+
+
+def merged(folder):
+    model = PeftModel.from_pretrained(llama(), folder)
+    return dense(model)
+
+
+def test_a_folder_undone_by_the_command_is_the_model_of_then(tmp_path: Path, capsys):
+    _, stages = trained_folder(tmp_path)
+    words = ["undo", "--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "b")]
+    assert main([*words, "--moves", "2"]) == 0
+    assert "2 positions left" in capsys.readouterr().out
+    for name, weight in merged(tmp_path / "b").items():
+        assert torch.equal(weight, stages[2][name])
+    assert (tmp_path / "b" / "extra.txt").read_text() == "kept"
+    assert main([*words, "--position", "1"]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert main([*words, "--position", "1", "--overwrite"]) == 0
+    left = read_adapter(tmp_path / "b")
+    assert all([v.first_step for v in layer.visits] == [3, 5, 7] for layer in left.layers.values())
+    assert main([*words, "--position", "9", "--overwrite"]) == 1
+    assert "has 4 visits; there is no number 9" in capsys.readouterr().err
+    assert main([*words, "--position", "1", "--moves", "1"]) == 1
+    assert "give moves (the last visits) or position" in capsys.readouterr().err
+
+
+def test_a_loaded_adapter_undoes_as_the_trained_one_would(tmp_path: Path):
+    _, stages = trained_folder(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "a", is_trainable=True)
+    for wanted in (stages[3], stages[2]):
+        (mover,) = movers_of(loaded)
+        mover.undo()
+        for name, weight in dense(loaded).items():
+            assert torch.equal(weight, wanted[name])

@@ -75,6 +75,7 @@ def run(chosen: Any) -> int:
     with Checkpoint(find_checkpoint(adapters[0], settings.model)) as base:
         sources = [base.folder, *(adapter.folder for adapter in adapters)]
         target = check_target(settings.output, sources, settings.overwrite)
-        write_adapter(compose(adapters, base, settings.policy, settings.weights, head), target)
+        composed = compose(adapters, base, settings.policy, settings.weights, head)
+        write_adapter(composed, target, beside=adapters[head or 0].folder)
     print(f"written to {target}")
     return 0

@@ -40,13 +40,13 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import bench, compose, eval, export, info, merge, plan, train
+    from . import bench, compose, eval, export, info, merge, plan, train, undo
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
-    verbs |= {"info": info, "plan": plan, "bench": bench}
+    verbs |= {"undo": undo, "info": info, "plan": plan, "bench": bench}
     for name, verb in verbs.items():
         commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
     chosen = parser.parse_args(normalise(argv))

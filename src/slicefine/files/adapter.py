@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,14 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(path, config, layers, others)
 
 
-def write_adapter(adapter: Adapter, target: Path) -> None:
-    """Write an adapter folder; it appears whole or not at all."""
+def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) -> None:
+    """Write an adapter folder; it appears whole or not at all.
+
+    Args:
+        adapter: the content.
+        target: the folder.
+        beside: a folder whose other files (tokenizer, run file) go with it.
+    """
     tensors = {key: tensor.contiguous() for key, tensor in adapter.others.items()}
     config = {**adapter.config, "layout": {}, "weights": {}, "format_version": ADAPTER_VERSION}
     for name, layer in adapter.layers.items():
@@ -130,6 +137,9 @@ def write_adapter(adapter: Adapter, target: Path) -> None:
         own["active"] = pad_block(active, layer.room)
         tensors |= {f"{_PREFIX}{name}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
+        for file in () if beside is None else sorted(beside.iterdir()):
+            if file.is_file() and file.name not in (CONFIG, WEIGHTS):
+                shutil.copyfile(file, aside / file.name)
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from ..functional import read_block
 from ..geometry import Slice
 from ..state import base_sample, same_base
 from .adapter import Adapter, LayerFile
@@ -77,6 +78,14 @@ class Checkpoint:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._where)
+
+    def files(self) -> list[str]:
+        """Names of the weight files."""
+        return sorted(set(self._where.values()))
 
     def key(self, layer: str) -> str:
         """The name under which the files keep a layer's weight.
@@ -151,6 +160,9 @@ class Checkpoint:
 
 def _lines(part: Any, block: Slice, layer: LayerFile) -> Tensor:
     """A block of a stored weight as lines, read alone."""
+    if block.axis == "entries":
+        whole: Tensor = part[:].t() if layer.transposed else part[:]
+        return read_block(whole, block).to(layer.dtype)
     end = block.start + block.width
     along_rows = (block.axis == "row") != layer.transposed
     values: Tensor = part[block.start : end] if along_rows else part[:, block.start : end].t()

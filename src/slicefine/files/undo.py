@@ -51,7 +51,7 @@ def drop(adapter: Adapter, visit: int) -> Adapter:
     if count < 2:
         raise ConfigError(f"undo: {adapter.folder} has one visit, and without it nothing is left; delete the adapter.")
     if not 0 <= visit < count:
-        raise ConfigError(f"undo: {adapter.folder} has {count} visits, counted from 0; there is no {visit}.")
+        raise ConfigError(f"undo: {adapter.folder} has {count} visits; there is no number {visit + 1}.")
     progress = adapter.config.get("progress")
     config = dict(adapter.config)
     if progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Trainer, TrainingArguments
 
-from ..errors import ConfigError, DataError
+from ..errors import AdapterFileError, ConfigError, DataError
+from ..files.adapter import CONFIG, find_adapter, read_adapter, read_config
+from ..files.checkpoint import Checkpoint, find_checkpoint
+from ..files.merge import merge_files, missing_modules
 from ..files.writing import atomic_folder, check_target
 from ..tasks import Prepared
 from ..tasks.settings import DataSettings
 from ..tasks.sources import load_splits
 from .report import environment, write_json
 from .session import compute_with, measure
-from .trained import Trained, load_trained, read_run
+from .trained import RUN_FILE, Trained, load_trained, read_run
 
 __all__ = ["evaluate", "merge"]
 
@@ -87,8 +91,11 @@ def evaluate(
 def merge(adapter: str, output: str, model: str | None = None, overwrite: bool = False) -> Path:
     """Write a plain Hugging Face checkpoint: the base with the adapter's values in its weights, and the tokenizer.
 
+    Slices without a new head are written into a copy of the base's own files, in little memory. Anything else that
+    `train` wrote is loaded, merged and saved.
+
     Args:
-        adapter: the folder that `train` wrote.
+        adapter: the adapter's folder.
         output: folder of the checkpoint.
         model: the base, if it is elsewhere than in training.
         overwrite: replace what is in that folder.
@@ -97,6 +104,9 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
         AdapterFileError: if the adapter is missing or corrupt.
         ConfigError: if the output folder is not empty or cannot be written.
     """
+    on_disk = _merge_files(adapter, output, model, overwrite)
+    if on_disk is not None:
+        return on_disk
     run = read_run(Path(adapter))
     base = Path(model or run["model"]["path"]).expanduser()  # a name on the hub is no folder
     target = check_target(output, [run["folder"], *([base] if base.is_dir() else [])], overwrite)
@@ -108,6 +118,36 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
             trained.loaded.processor.save_pretrained(aside)
     except OSError as error:
         raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a folder that can be.") from error
+    return target
+
+
+def _merge_files(adapter: str, output: str, model: str | None, overwrite: bool) -> Path | None:
+    """Merge file by file; None where the adapter is no slices, or where only `train`'s own run file knows the model."""
+    folder = find_adapter(adapter)
+    if not (folder / CONFIG).is_file() or read_config(folder).get("peft_type") != "SLICEFINE":
+        return None
+    content = read_adapter(folder)
+    from_run = (folder / RUN_FILE).is_file()
+    try:
+        base = Checkpoint(find_checkpoint(content, model))
+    except AdapterFileError:  # a base in another format than safetensors
+        if from_run:
+            return None
+        raise
+    with base:
+        if from_run and missing_modules(content, base):
+            return None
+        target = check_target(output, [folder, base.folder], overwrite)
+        try:
+            rounded = merge_files(content, base, target)
+        except OSError as error:
+            raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a folder that can be.") from error
+    if rounded:
+        warnings.warn(
+            f"SliceFine: trained in higher precision than the base's files have; values were rounded to {rounded[0]}.",
+            UserWarning,
+            stacklevel=3,
+        )
     return target
 
 
