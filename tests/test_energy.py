@@ -132,7 +132,7 @@ def test_a_wrong_mapping_is_refused(positions: dict, message: str):
 
 
 def test_a_start_outside_the_matrix_is_refused_at_once():
-    with pytest.raises(ConfigError, match="'0', visit 3"):  # the second column position
+    with pytest.raises(ConfigError, match="layer '0': column slice of width 2 at 6"):  # the second column position
         attach(network(), r=2, positions={"0": {"column": [0, 6]}}, interval=1)
 
 

@@ -623,7 +623,10 @@ def test_attach_on_the_meta_device_then_materialise():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's compiler does it
 @pytest.mark.parametrize(("mode", "graphs"), [("row", 1), ("column", 1), ("alternate", 2), ("random_mask", 1)])
-def test_a_compiled_model_is_not_compiled_again_at_each_move(mode, graphs):
+@pytest.mark.parametrize("reserve", [{}, {"2": [Slice("row", 0, 1), Slice("column", 4, 2)]}], ids=["", "reserve"])
+def test_a_compiled_model_is_not_compiled_again_at_each_move(mode, graphs, reserve):
+    if reserve and mode == "random_mask":
+        pytest.skip("masks reserve nothing")
     torch.compiler.reset()
     compilations = []
 
@@ -633,7 +636,7 @@ def test_a_compiled_model_is_not_compiled_again_at_each_move(mode, graphs):
 
     plain, model = mlp(), mlp()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    tuners = [attach(m, mode=mode, r=2, interval=1) for m in (plain, model)]
+    tuners = [attach(m, mode=mode, r=2, interval=1, reserve=reserve) for m in (plain, model)]
     optimizers = [torch.optim.SGD(tuner.parameters(), lr=0.1) for tuner in tuners]
     for x, y in batches(11):
         step(plain, optimizers[0], x, y)

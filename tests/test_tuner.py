@@ -304,7 +304,7 @@ def test_a_rank_above_a_thin_matrix_is_clamped_and_listed():
 
 def test_attach_that_fails_changes_nothing():
     model = mlp()
-    with pytest.raises(ConfigError, match="positions list, layer '2', visit 0: row slice of width 1 at 7 does not fit"):
+    with pytest.raises(ConfigError, match="positions list, layer '2': row slice of width 1 at 7 does not fit"):
         attach(model, mode="row", r=1, positions=[7], interval=1)  # fits the first layer only
     assert not any(isinstance(m, SliceLinear) for m in model.modules())
 
@@ -322,7 +322,7 @@ def test_a_first_position_that_does_not_fit_the_mode_is_refused(block, shape):
 
 
 def test_a_start_that_fits_nowhere_is_refused_before_its_turn():
-    with pytest.raises(ConfigError, match="positions list, layer '2', visit 1: row slice of width 1 at 7 does not fit"):
+    with pytest.raises(ConfigError, match="positions list, layer '2': row slice of width 1 at 7 does not fit"):
         attach(mlp(), mode="row", r=1, positions=[0, 7], interval=1)
 
 

@@ -21,7 +21,6 @@ from slicefine.functional import read_block, write_block
 from slicefine.geometry import Slice
 from slicefine.journal import Journal, split_history
 from slicefine.mover import movers_of
-from slicefine.state import NO_SAMPLE
 
 pytestmark = THIRD_PARTY
 
@@ -52,7 +51,7 @@ class Run:
         tensors = pack(journal, weight)
         values = unpack(tensors, dict(journal.trained(weight))[journal.active], SHAPE, "fc")
         kept = split_history(tensors["journal"], tensors.get("before"))
-        layer = LayerFile(SHAPE, False, journal.visits, values, NO_SAMPLE, torch.float32, (7, 7), kept)
+        layer = LayerFile(SHAPE, False, journal.visits, values, [], torch.float32, (7, 7), kept)
         self.adapter = Adapter(Path("somewhere"), {}, {"fc": layer})
 
     def dense(self, adapter: Adapter) -> Tensor:

@@ -101,12 +101,12 @@ class _TrackSlice(torch.autograd.Function):
         index: Tensor,
         axis: str,
         owner: Content | None,
+        fixed: Tensor | None,
     ) -> Tensor:
         ctx.axis, ctx.owner, ctx.shape, ctx.dtype = axis, owner, parameter.shape, parameter.dtype
-        ctx.columns = x.shape[-1]
         ctx.content = None if owner is None else owner.content
         kept = x.index_select(-1, index) if axis == "column" else x
-        ctx.save_for_backward(kept, index)
+        ctx.save_for_backward(kept, index, fixed)
         # A new tensor over the same storage: an identity output would be a view, and a model that applies an
         # in-place activation to a layer's output could not do so. Nothing saves a linear layer's output.
         return y.view_as(y) if torch.compiler.is_compiling() else y.data
@@ -115,16 +115,10 @@ class _TrackSlice(torch.autograd.Function):
     @once_differentiable  # the input gradient's dependence on the slice is not tracked: refuse, do not drop it
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_content(ctx.owner, ctx.content)
-        kept, index = ctx.saved_tensors
-        values = block_gradient(grad, kept, index, ctx.axis)
-        return (
-            grad if ctx.needs_input_grad[0] else None,
-            None,
-            pad_block(values, ctx.shape).to(ctx.dtype),
-            None,
-            None,
-            None,
-        )
+        kept, index, fixed = ctx.saved_tensors
+        values = pad_block(block_gradient(grad, kept, index, ctx.axis), ctx.shape).to(ctx.dtype)
+        grad_input = grad if ctx.needs_input_grad[0] else None
+        return grad_input, None, _free(values, fixed), None, None, None, None
 
 
 class _KeepInput(torch.autograd.Function):
@@ -149,8 +143,8 @@ class _TrackKept(torch.autograd.Function):
     """`_TrackSlice` with the input kept by `_KeepInput`; it keeps nothing itself."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, kept: Tensor, axis: str, owner: Content | None) -> Tensor:
-        ctx.axis, ctx.owner, ctx.shape, ctx.dtype = axis, owner, kept.shape, kept.dtype
+    def forward(ctx: Any, y: Tensor, kept: Tensor, axis: str, owner: Content | None, fixed: Tensor | None) -> Tensor:
+        ctx.axis, ctx.owner, ctx.shape, ctx.dtype, ctx.fixed = axis, owner, kept.shape, kept.dtype, fixed
         ctx.content = None if owner is None else owner.content
         ctx.node = kept.grad_fn
         return y.data
@@ -160,13 +154,8 @@ class _TrackKept(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_content(ctx.owner, ctx.content)
         kept, index = ctx.node.saved_tensors
-        values = block_gradient(grad, kept, index, ctx.axis)
-        return (
-            grad if ctx.needs_input_grad[0] else None,
-            pad_block(values, ctx.shape).to(ctx.dtype),
-            None,
-            None,
-        )
+        values = pad_block(block_gradient(grad, kept, index, ctx.axis), ctx.shape).to(ctx.dtype)
+        return grad if ctx.needs_input_grad[0] else None, _free(values, ctx.fixed), None, None, None
 
 
 _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -183,9 +172,9 @@ def keep_input(parameter: Tensor, x: Tensor, index: Tensor, axis: str) -> Tensor
     return result
 
 
-def track_kept(y: Tensor, kept: Tensor, axis: str, owner: Content | None) -> Tensor:
+def track_kept(y: Tensor, kept: Tensor, axis: str, owner: Content | None, fixed: Tensor | None = None) -> Tensor:
     """As `track_slice`, with an input that `keep_input` kept."""
-    result: Tensor = _TrackKept.apply(y, kept, axis, owner)  # type: ignore[no-untyped-call]
+    result: Tensor = _TrackKept.apply(y, kept, axis, owner, fixed)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -230,7 +219,20 @@ def pad_block(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return F.pad(values, (0, shape[1] - values.shape[1], 0, shape[0] - values.shape[0]))
 
 
-def track_slice(y: Tensor, x: Tensor, parameter: Tensor, index: Tensor, axis: str, owner: Content | None) -> Tensor:
+def _free(gradient: Tensor, fixed: Tensor | None) -> Tensor:
+    """A block's gradient without the entries that must not change."""
+    return gradient if fixed is None else gradient.masked_fill(fixed, 0)
+
+
+def track_slice(
+    y: Tensor,
+    x: Tensor,
+    parameter: Tensor,
+    index: Tensor,
+    axis: str,
+    owner: Content | None,
+    fixed: Tensor | None = None,
+) -> Tensor:
     """Return ``y`` with the gradient of the active block attached to ``parameter``.
 
     Args:
@@ -240,11 +242,12 @@ def track_slice(y: Tensor, x: Tensor, parameter: Tensor, index: Tensor, axis: st
         index: lines of the active slice, int64, on the same device.
         axis: ``"row"``, ``"column"`` or ``"entries"``.
         owner: knows which content the weight holds, so that a backward over other content raises; None: unchecked.
+        fixed: bool like ``parameter``: entries that get no gradient; None: all do.
 
     Raises:
         ContentError: in backward, if the weight's content is not the forward's.
     """
-    result: Tensor = _TrackSlice.apply(y, x, parameter, index, axis, owner)  # type: ignore[no-untyped-call]
+    result: Tensor = _TrackSlice.apply(y, x, parameter, index, axis, owner, fixed)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -28,8 +28,8 @@ from .functional import (
 from .geometry import Slice, line_length
 from .journal import visit_table
 from .packed import PackedDelta
-from .schedule import Schedule, check_positions, slice_at
-from .state import NO_SAMPLE, AdapterState
+from .schedule import Schedule, check_positions, fixed_entries, slice_at
+from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .window import Place
 
@@ -327,6 +327,10 @@ class SliceLinear(nn.Module):
         state.views = ()
         state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
         state.axis = state.journal.active.axis
+        fixed = fixed_entries(state.schedule, state.journal.active, self.shape, state.layer_name)
+        if fixed is not None:
+            room = self.slicefine_active[name].shape
+            state.fixed = pad_block(fixed, room).to(self._base_weight.device)
 
     # -- keeping the weight in step with the parameter ------------------------------------------------------------
 
@@ -456,6 +460,7 @@ class SliceLinear(nn.Module):
             state.views = ()
             if device.type != "meta":
                 state.index = state.index.to(device)
+                state.fixed = None if state.fixed is None else state.fixed.to(device)
             if name in synced:  # the values are the same ones, elsewhere or in another precision
                 state.synced = (id(self.slicefine_active[name]), self.slicefine_active[name]._version)
         return self
@@ -489,8 +494,9 @@ class SliceLinear(nn.Module):
             return cast(Tensor, refused)
         state = self.states[trained[0]]
         if kept is not None:
-            return track_kept(y, kept, state.axis, self)
-        return track_slice(y, x, parameters[trained[0]], state.index, state.axis, None if compiling else self)
+            return track_kept(y, kept, state.axis, self, state.fixed)
+        owner = None if compiling else self
+        return track_slice(y, x, parameters[trained[0]], state.index, state.axis, owner, state.fixed)
 
     def _checked(self) -> list[str]:
         """The applied adapters, once the weight holds what they ask for."""
@@ -501,7 +507,7 @@ class SliceLinear(nn.Module):
             state = self.states[name]
             if state.staged or state.deferred or not self._in_sync(name):
                 self.settle(name)
-            state.layout, state.sample = {}, NO_SAMPLE  # whoever runs the model has finished loading
+            state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names
 
 

@@ -274,6 +274,10 @@ class Mover:
             if views is None:
                 entry.layer._sync(self.name)
             else:
+                if entry.state.fixed is not None:  # others' entries: neither decay nor momentum moves them
+                    lines, length = views[1].shape
+                    fixed = entry.state.fixed[:lines, :length]
+                    views[1].copy_(torch.where(fixed, views[0].to(views[1].dtype), views[1]))
                 targets.append(views[0])
                 values.append(views[1])
         if targets:
@@ -407,7 +411,7 @@ class Mover:
             )
         for name, layer in self._own().items():
             state = layer.states[self.name]
-            wrap = wrap_visit(state.schedule, layer.shape)
+            wrap = wrap_visit(state.schedule, layer.shape, state.layer_name)
             own = due if state.place is None else state.place.turn(due + 1) - 1
             if wrap is not None and own >= wrap and not self.warned:
                 self.warned = True

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import SupportsIndex
 
 import torch
 
 from .errors import ConfigError
-from .geometry import AXES, Slice, block_count, block_start
+from .geometry import AXES, Slice, block_count, block_start, covered, touched
 
 __all__ = [
     "MODES",
@@ -24,7 +24,9 @@ __all__ = [
     "PositionMap",
     "Schedule",
     "check_positions",
+    "fixed_entries",
     "given_starts",
+    "own_starts",
     "plan_moves",
     "slice_at",
     "wrap_visit",
@@ -56,6 +58,10 @@ class Schedule:
         mask_fraction: budget of the random mask as a fraction of the matrix; None means as many entries as a
             row slice of rank ``row_rank`` has.
         seed: seed of random positions and masks.
+        reserve: ``{layer name: slices}`` that belong to others: positions keep away from their rows and columns, and
+            entries where a row of one crosses a column of the other stay fixed.
+        share: ``(i, n)``: this run takes the i-th of n parts of the positions (i from 0), the same for all of n runs.
+        share_visits: visits that each of those runs makes at most; None: any number, for one orientation only.
 
     Example:
         >>> schedule = Schedule(mode="alternate", row_rank=5, column_rank=5)
@@ -69,6 +75,9 @@ class Schedule:
     positions: Positions = "sweep"
     mask_fraction: float | None = None
     seed: int = 0
+    reserve: Mapping[str, Sequence[Slice]] = field(default_factory=dict)
+    share: tuple[int, int] | None = None
+    share_visits: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -88,6 +97,24 @@ class Schedule:
             _check_starts(self.positions)
         if self.mask_fraction is not None and not 0.0 < self.mask_fraction <= 1.0:
             raise ConfigError(f"mask_fraction={self.mask_fraction!r} must lie in (0, 1].")
+        self._check_others()
+
+    def _check_others(self) -> None:
+        """Raise `ConfigError` where positions cannot be kept apart from those of other runs."""
+        if self.mode == "random_mask" and (self.reserve or self.share is not None):
+            raise ConfigError("mode='random_mask' draws entries all over the matrix; reserve= and share= need slices.")
+        if self.share is None:
+            return
+        number, parts = self.share
+        if not (isinstance(number, int) and isinstance(parts, int) and 0 <= number < parts):
+            raise ConfigError(f"share={self.share!r}: expected (i, n) with 0 <= i < n: part i of n, counted from 0.")
+        if callable(self.positions):
+            raise ConfigError("share= divides positions of a list or a named order; a function has to do so by itself.")
+        if self.mode == "alternate" and self.share_visits is None:
+            raise ConfigError(
+                "share= with mode='alternate' needs the number of visits, since rows of one run cross columns of the "
+                "others: give moves=, or interval= with total_steps=; or use mode='row' or mode='column'."
+            )
 
     def axis(self, visit: int) -> str:
         """Orientation of a visit: ``"row"``, ``"column"`` or ``"entries"``."""
@@ -157,19 +184,83 @@ def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str 
     size = shape[AXES.index(axis)]
     width = min(schedule.rank(axis), size)
     turn = visit // 2 if schedule.mode == "alternate" else visit  # each orientation has its own cycle
-    starts = given_starts(schedule, axis, layer)
-    if starts is not None:
-        chosen = Slice(axis, int(starts[turn % len(starts)]), width)
-        chosen.check(shape, f"positions list, layer {layer!r}, visit {visit}")
-        return chosen
-    blocks = block_count(size, width)
-    cycle, block = divmod(turn, blocks)
+    if schedule.share is not None and schedule.share_visits is not None and visit >= schedule.share_visits:
+        raise ConfigError(
+            f"layer {layer!r}: share= was planned for {schedule.share_visits} visits per run; what comes after them "
+            "may belong to another run. Plan more moves in all of them."
+        )
+    starts = own_starts(schedule, axis, shape, layer)
+    cycle, number = divmod(turn, len(starts))
     if schedule.positions == "fixed":
-        block = 0
+        number = 0
     elif schedule.positions == "random":
         generator = torch.Generator().manual_seed(_seed(schedule.seed, layer + axis, cycle))
-        block = int(torch.randperm(blocks, generator=generator)[block])
-    return Slice(axis, block_start(block, size, width), width)
+        number = int(torch.randperm(len(starts), generator=generator)[number])
+    chosen = Slice(axis, int(starts[number]), width)
+    chosen.check(shape, f"positions list, layer {layer!r}, visit {visit}")
+    return chosen
+
+
+def fixed_entries(schedule: Schedule, block: Slice, shape: tuple[int, int], layer: str = "") -> torch.Tensor | None:
+    """Entries of a block that belong to other runs and must not change: bool, as lines; None where nobody else trains.
+
+    Args:
+        schedule: its ``reserve`` and ``share`` say what others own.
+        block: a row or column slice.
+        shape: ``(rows, columns)`` of the weight matrix.
+        layer: the layer's name.
+
+    Example:
+        >>> schedule = Schedule("row", 1, reserve={"fc": [Slice("column", 1, 2)]})
+        >>> fixed_entries(schedule, Slice("row", 0, 1), (4, 3), "fc")
+        tensor([[False,  True,  True]])
+    """
+    if not schedule.reserve and schedule.share is None:
+        return None
+    return covered(block, [*schedule.reserve.get(layer, ()), *_slices_of_others(schedule, shape, layer)], shape)
+
+
+def _slices_of_others(schedule: Schedule, shape: tuple[int, int], layer: str) -> list[Slice]:
+    """Where the other runs of a share will go."""
+    if schedule.share is None:
+        return []
+    own, parts = schedule.share
+    found: dict[Slice, None] = {}
+    for number in range(parts):
+        if number == own:
+            continue
+        other = replace(schedule, share=(number, parts))
+        if schedule.share_visits is not None:
+            found |= dict.fromkeys(slice_at(other, visit, shape, layer) for visit in range(schedule.share_visits))
+        else:  # one orientation: everything of theirs
+            axis = schedule.axis(0)
+            width = min(schedule.rank(axis), shape[AXES.index(axis)])
+            found |= dict.fromkeys(Slice(axis, start, width) for start in own_starts(other, axis, shape, layer))
+    return list(found)
+
+
+def own_starts(schedule: Schedule, axis: str, shape: tuple[int, int], layer: str = "") -> Sequence[int]:
+    """Starts of one orientation in the order of their turn: this run's part of them, away from reserved lines.
+
+    Raises:
+        ConfigError: if none is left.
+    """
+    size = shape[AXES.index(axis)]
+    width = min(schedule.rank(axis), size)
+    starts = given_starts(schedule, axis, layer)
+    if starts is None:
+        starts = [block_start(block, size, width) for block in range(block_count(size, width))]
+    if schedule.share is None and not schedule.reserve:
+        return starts
+    taken = set(touched(list(schedule.reserve.get(layer, ())), axis))
+    free = [start for start in starts if taken.isdisjoint(range(int(start), int(start) + width))]
+    number, parts = (0, 1) if schedule.share is None else schedule.share
+    if len(free) <= number:
+        raise ConfigError(
+            f"layer {layer!r}: reserve= leaves {len(free)} of {len(starts)} positions of {width} {axis}s, too few for "
+            f"part {number} of {parts}. Lower the rank, or leave the layer out (exclude_modules)."
+        )
+    return free[number::parts]
 
 
 def given_starts(schedule: Schedule, axis: str, layer: str = "") -> Sequence[int] | None:
@@ -182,20 +273,19 @@ def given_starts(schedule: Schedule, axis: str, layer: str = "") -> Sequence[int
 
 def check_positions(schedule: Schedule, shape: tuple[int, int], layer: str = "") -> None:
     """Raise `ConfigError` if a start in the user's list lies outside the matrix: at once, not when its turn comes."""
-    for axis in {schedule.axis(0), schedule.axis(1)}:
-        starts = given_starts(schedule, axis, layer) or ()
-        for turn in range(len(starts)):
-            slice_at(schedule, 2 * turn + AXES.index(axis) if schedule.mode == "alternate" else turn, shape, layer)
+    for axis in {schedule.axis(0), schedule.axis(1)} - {"entries"} if not callable(schedule.positions) else ():
+        width = min(schedule.rank(axis), shape[AXES.index(axis)])
+        for start in given_starts(schedule, axis, layer) or ():
+            Slice(axis, int(start), width).check(shape, f"positions list, layer {layer!r}")
+        own_starts(schedule, axis, shape, layer)
 
 
-def wrap_visit(schedule: Schedule, shape: tuple[int, int]) -> int | None:
+def wrap_visit(schedule: Schedule, shape: tuple[int, int], layer: str = "") -> int | None:
     """First visit at which a sweep returns to lines that it trained before; None if it never does."""
     if schedule.positions not in ("sweep", "random") or schedule.mode == "random_mask":
         return None
-    counts = {
-        axis: block_count(shape[AXES.index(axis)], min(schedule.rank(axis), shape[AXES.index(axis)]))
-        for axis in ("row", "column")
-    }
+    axes = AXES[:2] if schedule.mode == "alternate" else (schedule.mode,)
+    counts = {axis: len(own_starts(schedule, axis, shape, layer)) for axis in axes}
     if schedule.mode == "alternate":
         return min(2 * counts["row"], 2 * counts["column"] + 1)
     return counts[schedule.mode]

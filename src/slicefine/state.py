@@ -15,7 +15,7 @@ from .journal import Journal
 from .schedule import Schedule
 from .window import Place
 
-__all__ = ["NO_SAMPLE", "AdapterState", "BaseSample", "base_sample", "new_stamp", "read_sample", "same_base"]
+__all__ = ["AdapterState", "SampledEntry", "base_sample", "new_stamp", "read_sample", "same_base"]
 
 _STAMPS = itertools.count(1)
 
@@ -25,56 +25,60 @@ def new_stamp() -> int:
     return next(_STAMPS)
 
 
-class BaseSample(NamedTuple):
-    """A few values of a base model's weight, which tell it from other models.
+class SampledEntry(NamedTuple):
+    """One value of a base model's weight; a few of them tell it from other models."""
 
-    Attributes:
-        slice: where they are from; None where that is not known yet.
-        values: see `base_sample`.
-    """
-
-    slice: Slice | None
-    values: list[float]
+    row: int
+    column: int
+    value: float
 
 
-NO_SAMPLE = BaseSample(None, [])
+def base_sample(values: Tensor, block: Slice, fixed: Tensor | None = None, count: int = 8) -> list[SampledEntry]:
+    """A few of a block's values, evenly spread, to six digits.
 
-
-def base_sample(values: Tensor, count: int = 8) -> list[float]:
-    """A few of a block's values, evenly spread, to six digits: enough to tell one base model from another.
+    Args:
+        values: of the block, as lines; a row or column slice.
+        block: where it is.
+        fixed: entries that belong to others, who may have changed them; as lines.
+        count: how many at most.
 
     Example:
-        >>> base_sample(torch.arange(32.0).view(4, 8), count=4)
-        [0.0, 8.0, 16.0, 24.0]
+        >>> base_sample(torch.arange(6.0).view(2, 3), Slice("row", 4, 2), count=2)
+        [SampledEntry(row=4, column=0, value=0.0), SampledEntry(row=5, column=0, value=3.0)]
     """
-    flat = values.reshape(-1).double()
-    return [float(f"{value:.6g}") for value in flat[:: max(1, flat.numel() // count)][:count].tolist()]
+    free = torch.ones_like(values, dtype=torch.bool) if fixed is None else ~fixed.to(values.device)
+    places = free.nonzero()[:: max(1, int(free.sum()) // count)][:count]
+    found = []
+    for line, place in places.tolist():
+        at = (block.start + line, place) if block.axis == "row" else (place, block.start + line)
+        found.append(SampledEntry(*at, float(f"{float(values[line, place]):.6g}")))
+    return found
 
 
-def read_sample(facts: Mapping[str, Any], shape: tuple[int, int], layer: str) -> BaseSample:
+def read_sample(facts: Mapping[str, Any], shape: tuple[int, int], layer: str) -> list[SampledEntry]:
     """What a file says of the base's values under one layer.
 
     Raises:
         AdapterFileError: if that makes no sense for a weight of ``shape``.
     """
+    found = []
     try:
-        values = [float(value) for value in facts.get("sample", ())]
-        if "sampled" not in facts:  # version 1: of the first visited slice
-            return BaseSample(None, values)
-        axis, start, width = facts["sampled"]
-        block = Slice(str(axis), int(start), int(width))
-        block.check(shape, layer)
+        for entry in facts.get("sample", ()):
+            row, column, value = entry
+            found.append(SampledEntry(int(row), int(column), float(value)))
     except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{layer}: the file's sample of the base's weight is corrupt ({error}).") from error
+    if not all(0 <= entry.row < shape[0] and 0 <= entry.column < shape[1] for entry in found):
         raise AdapterFileError(
-            f"{layer}: what the adapter's file says of the base's weight makes no sense ({error}); it is corrupt."
-        ) from error
-    return BaseSample(block, values)
+            f"{layer}: the file's sample of the base's weight lies outside {shape}; it is corrupt, or of another base."
+        )
+    return found
 
 
-def same_base(wanted: Sequence[float], found: Sequence[float]) -> bool:
-    """Whether two samples are of one base model, whatever its precision (bfloat16's rounding is let pass)."""
-    scale = max(map(abs, wanted), default=0.0)
-    return len(wanted) == len(found) and all(abs(a - b) <= 0.01 * scale for a, b in zip(wanted, found, strict=True))
+def same_base(sample: Sequence[SampledEntry], found: Sequence[float]) -> bool:
+    """Whether values are those of a sample, whatever their precision (bfloat16's rounding is let pass)."""
+    scale = max((abs(entry.value) for entry in sample), default=0.0)
+    return all(abs(entry.value - value) <= 0.01 * scale for entry, value in zip(sample, found, strict=True))
 
 
 class AdapterState:
@@ -85,6 +89,7 @@ class AdapterState:
         self.layer_name = layer_name
         self.journal = Journal(history)
         self.index = torch.empty(0, dtype=torch.int64)
+        self.fixed: Tensor | None = None  # entries of the parameter that belong to others (`fixed_entries`), padded
         self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
         self.stamp = new_stamp()
         self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
@@ -92,7 +97,7 @@ class AdapterState:
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
         self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
-        self.sample = NO_SAMPLE  # of the base that a file's slices were trained on
+        self.sample: list[SampledEntry] = []  # of the base that a file's slices were trained on
         self.place: Place | None = None  # under a window of blocks; None: the layer always trains
         self.idle = False  # outside the window now: the forward attaches no slice
         self.below = False  # idle, and below the window: no gradient should come here
@@ -101,7 +106,7 @@ class AdapterState:
 
     def forget(self) -> None:
         """Drop what was staged of a file, and what was announced of it."""
-        self.staged, self.layout, self.sample = {}, {}, NO_SAMPLE
+        self.staged, self.layout, self.sample = {}, {}, []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"views": ()}  # a view would be pickled with all of the weight under it

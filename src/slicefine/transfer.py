@@ -14,8 +14,9 @@ from .errors import AdapterFileError
 from .functional import Matrix, read_block, write_block
 from .geometry import Slice, line_length
 from .journal import read_table
-from .schedule import slice_at
-from .state import NO_SAMPLE, AdapterState, BaseSample, base_sample, same_base
+from .packed import PackedDelta
+from .schedule import fixed_entries, slice_at
+from .state import AdapterState, SampledEntry, base_sample, same_base
 
 __all__ = [
     "BESIDE",
@@ -111,13 +112,16 @@ def file_tensors(layer: Holder, name: str) -> dict[str, Tensor]:
 def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
     """What a file says of the weight under adapter ``name``: shape, orientation, precision, a few of its values."""
     journal = layer.states[name].journal
+    block = journal.visits[0].slice
     if layer.applied == [name]:
         values = journal.original()
     else:
         with layer.reverted() as weight:
-            values = read_block(weight, journal.visits[0].slice)
+            values = read_block(weight, block)
     facts = {"shape": list(layer.shape), "transposed": layer.transposed}
-    facts |= {"sample": base_sample(values), "sampled": list(journal.visits[0].slice)}
+    if block.axis != "entries":
+        fixed = fixed_entries(layer.states[name].schedule, block, layer.shape, layer.states[name].layer_name)
+        facts["sample"] = [list(entry) for entry in base_sample(values, block, fixed)]
     return facts | {"dtype": str(values.dtype).removeprefix("torch.")}
 
 
@@ -146,7 +150,7 @@ def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 # -- in -----------------------------------------------------------------------------------------------------------
 
 
-def expect(layer: Holder, name: str, layout: dict[str, tuple[int, ...]], sample: BaseSample = NO_SAMPLE) -> None:
+def expect(layer: Holder, name: str, layout: dict[str, tuple[int, ...]], sample: Sequence[SampledEntry] = ()) -> None:
     """Announce what a file will bring.
 
     Args:
@@ -155,7 +159,7 @@ def expect(layer: Holder, name: str, layout: dict[str, tuple[int, ...]], sample:
         layout: shapes of its tensors, for loaders that compare shapes before they load.
         sample: values of the base that its slices were trained on (`weight_facts`); another base is refused.
     """
-    layer.states[name].layout, layer.states[name].sample = layout, sample
+    layer.states[name].layout, layer.states[name].sample = layout, list(sample)
 
 
 def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
@@ -172,7 +176,7 @@ def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
     sample = layer.states[name].sample
     if not layer.weight.is_meta:
         with layer.reverted():
-            _check_base(layer, tensors["journal"], sample)
+            _check_base(layer, sample)
 
 
 def load_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
@@ -198,7 +202,7 @@ def install(layer: Holder, name: str) -> None:
     layer.mark_synced(name)  # what the loader put into the parameter must not get into the weight yet
     layer.apply_only([])
     try:
-        _check_base(layer, table, sample)
+        _check_base(layer, sample)
     except AdapterFileError:
         _recover(layer, name, names)
         raise
@@ -234,19 +238,21 @@ def _stage(layer: Holder, name: str, kind: str, tensor: Tensor) -> None:
         layer.states[name].staged[kind] = tensor
 
 
-def _check_base(layer: Holder, table: Tensor, sample: BaseSample) -> None:
+def _check_base(layer: Holder, sample: list[SampledEntry]) -> None:
     """Raise `AdapterFileError` unless the reverted weight is the one that a file's slices were trained on.
 
     Precisions may differ: values are compared with the tolerance of bfloat16.
     """
-    if not sample.values:
+    weight = layer.dense()
+    if not sample or isinstance(weight, PackedDelta):
         return
-    block = sample.slice or read_table(table)[0].slice
-    found, wanted = base_sample(read_block(layer.dense(), block), len(sample.values)), sample.values
-    if not same_base(wanted, found):
+    rows, columns = [entry.row for entry in sample], [entry.column for entry in sample]
+    found = [float(value) for value in weight[rows, columns].tolist()]
+    if not same_base(sample, found):
         raise AdapterFileError(
-            f"{layer.label}: its weight is not the one that the adapter was trained on (it begins with {found[:1]}, "
-            f"not {wanted[:1]}). Slices hold values, which fit their own base model only: load that one."
+            f"{layer.label}: its weight is not the one that the adapter was trained on (it has {found[0]:.6g} at row "
+            f"{rows[0]}, column {columns[0]}, not {sample[0].value}). Slices hold values, which fit their own base "
+            "model only: load that one."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .delta import Delta
 from .errors import AdapterFileError, ConfigError
+from .geometry import Slice
 from .layer import SliceLinear, supports
 from .mover import Mover, MoveSettings
 from .schedule import Positions, Schedule
@@ -31,6 +32,7 @@ __all__ = [
     "linear_names",
     "match_layers",
     "matches",
+    "share_visits",
     "shared_names",
     "warn_about_clamped",
 ]
@@ -83,6 +85,10 @@ class SliceTuner:
             with layer.reverted() as weight:
                 result[name] = layer.states[_NAME].journal.deltas(weight)
         return result
+
+    def slices(self) -> dict[str, list[Slice]]:
+        """Every slice that was visited, by layer: for the ``reserve=`` of a run that must keep out of them."""
+        return {name: layer.states[_NAME].journal.slices() for name, layer in self.layers.items()}
 
     def unload(self, merge: bool = False) -> nn.Module:
         """Remove every trace: the base layers return with their original weights, or with the trained ones.
@@ -163,6 +169,8 @@ def attach(
     window_order: str = "top-down",
     window_dwell: str | Sequence[int] = "uniform",
     additive: bool = False,
+    reserve: Mapping[str, Sequence[Slice]] | None = None,
+    share: tuple[int, int] | None = None,
     **moves: Any,
 ) -> SliceTuner:
     """Train one slice of each chosen layer of any model, in place.
@@ -182,6 +190,9 @@ def attach(
         additive: leave the weights untouched and keep what slices change beside them, for weights that other processes
             share; each visited line then costs a little in every forward. Not for random masks. Weight decay then
             pulls towards the base's values instead of zero.
+        reserve: ``{layer name: slices}`` that belong to others (`SliceTuner.slices` of an earlier run): this run keeps
+            out of their rows and columns, and leaves entries as they are where a row crosses a column of theirs.
+        share: ``(i, n)``: train the i-th of n parts of the positions (i from 0), beside n - 1 other runs.
         **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps.
 
     Raises:
@@ -194,8 +205,10 @@ def attach(
         32
     """
     row, column = (r if rank is None else rank for rank in (r_row, r_column))
-    schedule = Schedule(mode, row, column, positions, mask_fraction, seed)
     settings = MoveSettings(**moves, window=make_window(window, window_order, window_dwell, seed))
+    schedule = Schedule(
+        mode, row, column, positions, mask_fraction, seed, reserve or {}, share, share_visits(mode, share, settings)
+    )
     if any(isinstance(module, SliceLinear) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
     if additive and mode == "random_mask":
@@ -263,6 +276,15 @@ def matches(name: str, targets: str | Sequence[str]) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear" or re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def share_visits(mode: str, share: tuple[int, int] | None, settings: MoveSettings) -> int | None:
+    """Visits that each run of a share makes at most, where that has to be known; None where not, or where it is not."""
+    if share is None or mode != "alternate":
+        return None
+    if settings.interval is None:
+        return None if settings.moves is None else settings.moves + 1
+    return None if settings.total_steps is None else settings.total_steps // settings.interval + 1
 
 
 def warn_about_clamped(clamped: dict[str, int]) -> None:

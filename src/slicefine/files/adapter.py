@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..delta import KINDS, pack_values, unpack
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, ConfigError
 from ..functional import pad_block
-from ..geometry import Slice
+from ..geometry import AXES, Slice
 from ..journal import Visit, read_table, split_history
-from ..state import BaseSample, read_sample
+from ..state import SampledEntry, read_sample
 from ..tuner import ADAPTER_VERSION
 from .writing import atomic_folder
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "LayerFile", "read_adapter", "write_adapter"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "LayerFile", "owned_slices", "read_adapter", "write_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +51,7 @@ class LayerFile:
     transposed: bool
     visits: list[Visit]
     values: dict[Slice, Tensor]
-    sample: BaseSample
+    sample: list[SampledEntry]
     dtype: torch.dtype
     room: tuple[int, int]
     before: list[Tensor | None]
@@ -129,8 +130,8 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
     for name, layer in adapter.layers.items():
         own = pack_values(layer.visits, layer.values, layer.before)
         config["layout"][name] = {kind: list(tensor.shape) for kind, tensor in own.items()}
-        facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": layer.sample.values}
-        facts["sampled"] = list(layer.sample.slice or layer.visits[0].slice)
+        sample = [list(entry) for entry in layer.sample]
+        facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": sample}
         config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")}
         own = {kind: t.to(layer.dtype) if t.is_floating_point() else t for kind, t in own.items()}
         active = layer.values[layer.visits[-1].slice]
@@ -142,6 +143,44 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
                 shutil.copyfile(file, aside / file.name)
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def owned_slices(reserve: Any) -> dict[str, list[list[Any]]] | None:
+    """What adapters trained: ``{layer: [[axis, start, width], ...]}``, from their folders (one, or several).
+
+    Args:
+        reserve: folders, or such a mapping already, or None.
+
+    Raises:
+        AdapterFileError: if a folder holds no SliceFine adapter.
+        ConfigError: for anything else.
+    """
+    if reserve is None:
+        return None
+    result: dict[str, list[list[Any]]] = {}
+    if isinstance(reserve, Mapping):
+        try:
+            for layer, blocks in reserve.items():
+                made = [Slice(str(axis), int(start), int(width)) for axis, start, width in blocks]
+                if not all(s.axis in AXES[:2] and s.start >= 0 and s.width > 0 for s in made):
+                    raise ValueError(f"{layer}: {blocks}")
+                result[str(layer)] = [list(block) for block in made]
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"reserve: expected folders of adapters, or {{layer: [[axis, start, width], ...]}} ({error})."
+            ) from error
+        return result
+    folders = [reserve] if isinstance(reserve, (str, Path)) else reserve
+    if not isinstance(folders, Sequence) or not all(isinstance(folder, (str, Path)) for folder in folders):
+        raise ConfigError(f"reserve={reserve!r}: expected folders of adapters, or the slices of each layer.")
+    for folder in folders:
+        for name, layer in read_adapter(folder).layers.items():
+            blocks = [list(block) for block in layer.values if block.axis != "entries"]
+            if len(blocks) < len(layer.values):
+                raise ConfigError(f"reserve: {folder} has random masks, whose entries lie all over; nothing is free.")
+            known = result.setdefault(name, [])
+            known += [block for block in blocks if block not in known]
+    return result
 
 
 def find_adapter(folder: str | Path) -> Path:
@@ -195,7 +234,6 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         dtype = _DTYPES[facts["dtype"]]
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
-    sample = read_sample(facts, (rows, columns), name)
     values = unpack(tensors, tensors["active"], (rows, columns), name)
     visits = read_table(tensors["journal"])
     room = (int(tensors["active"].shape[0]), int(tensors["active"].shape[1]))
@@ -204,4 +242,5 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
             f"{file}: {name}'s active block has lines of {room[1]}, which do not fit a weight of {rows} x {columns}."
         )
     before = split_history(tensors["journal"], tensors.get("before"))
+    sample = read_sample(facts, (rows, columns), name)
     return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room, before)

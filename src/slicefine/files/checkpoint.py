@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import AdapterFileError
 from ..functional import read_block
 from ..geometry import Slice
-from ..state import base_sample, same_base
+from ..state import same_base
 from .adapter import Adapter, LayerFile
 
 __all__ = ["Checkpoint", "find_checkpoint"]
@@ -122,12 +122,14 @@ class Checkpoint:
                 f"{self.folder}: {key} has shape {shape}, and the adapter was trained on {layer.shape}"
                 f"{', transposed' if layer.transposed else ''}. Give the folder of its own base model."
             )
-        sampled, wanted = layer.sample.slice or layer.visits[0].slice, layer.sample.values
-        found = base_sample(_lines(part, sampled, layer), len(wanted))
-        if not same_base(wanted, found):
+        places = [(e.column, e.row) if layer.transposed else (e.row, e.column) for e in layer.sample]
+        found = [float(part[at : at + 1, to : to + 1].item()) for at, to in places]
+        if not same_base(layer.sample, found):
+            entry = layer.sample[0]
             raise AdapterFileError(
-                f"{self.folder}: the weight of {name} is not the one that the adapter was trained on (it begins with "
-                f"{found[:1]}, not {wanted[:1]}). Give the folder of its own base model."
+                f"{self.folder}: the weight of {name} is not the one that the adapter was trained on (it has "
+                f"{found[0]:.6g} at row {entry.row}, column {entry.column}, not {entry.value}). Give the folder of its "
+                "own base model."
             )
         return {block: _lines(part, block, layer) for block in layer.values}
 

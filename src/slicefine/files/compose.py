@@ -70,7 +70,8 @@ def compose(
 ) -> Adapter:
     """One adapter with the changes of several.
 
-    An entry that one adapter changed has that adapter's value, bit for bit. For an entry that several changed:
+    An entry that one adapter changed has that adapter's value, bit for bit. For an entry that several changed, and not
+    to the same value:
 
     - ``"refuse"``: nothing is composed;
     - ``"sum"``: the base's value plus all changes;
@@ -170,8 +171,9 @@ def _layer(name: str, parts: list[tuple[LayerFile, float]], base: Checkpoint, po
         plain = originals[block].to(result.dtype)
         values = [matrix.read(block) for matrix in matrices]
         changed = torch.stack([value != plain for value in values])
-        result.write(block, _resolved(plain, values, changed, policy, [share for _, share in parts]))
-        clashes.write(block, (changed.sum(0) > 1).to(clashes.dtype))
+        several = _disagreed(values, changed)
+        result.write(block, _resolved(plain, values, changed, several, policy, [share for _, share in parts]))
+        clashes.write(block, several.to(clashes.dtype))
     merged = {block: result.read(block) for block in blocks}
     visits = _visits([layer for layer, _ in parts])
     whole = replace(first, visits=visits, values=merged, before=[None] * len(visits))  # in no single order: no undo
@@ -188,11 +190,24 @@ def _matrix(shape: tuple[int, int], originals: dict[Slice, Tensor], values: dict
     return matrix
 
 
-def _resolved(plain: Tensor, values: list[Tensor], changed: Tensor, policy: str, shares: list[float]) -> Tensor:
+def _disagreed(values: list[Tensor], changed: Tensor) -> Tensor:
+    """Entries to which several adapters gave different values.
+
+    An adapter that was trained on top of another carries the other's values where their lines cross.
+    """
+    stacked = torch.stack(values)
+    infinity = torch.full_like(stacked, torch.inf)
+    lowest = torch.where(changed, stacked, infinity).amin(0)
+    highest = torch.where(changed, stacked, -infinity).amax(0)
+    return (changed.sum(0) > 1) & (lowest != highest)
+
+
+def _resolved(
+    plain: Tensor, values: list[Tensor], changed: Tensor, several: Tensor, policy: str, shares: list[float]
+) -> Tensor:
     result = plain.clone()
     for value, mask in zip(values, changed, strict=True):  # the last one's value where it is the only one, and anyway
         result[mask] = value[mask]
-    several = changed.sum(0) > 1
     if policy in ("sum", "mean") and bool(several.any()):
         total, weight = torch.zeros_like(plain), torch.zeros_like(plain)
         for value, mask, share in zip(values, changed, shares, strict=True):
@@ -222,6 +237,8 @@ def _config(adapters: Sequence[Adapter], head: Adapter | None) -> dict[str, Any]
         **own,
         "trainable_token_indices": source.get("trainable_token_indices"),
         "modules_to_save": source.get("modules_to_save"),
+        "reserve": None,
+        "share": None,
         "window": None,
         "window_order": "top-down",
         "window_dwell": "uniform",

@@ -12,9 +12,11 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..errors import AdapterFileError, ConfigError
+from ..files.adapter import owned_slices
+from ..geometry import Slice
 from ..mover import MoveSettings
 from ..schedule import Schedule
-from ..tuner import ADAPTER_VERSION
+from ..tuner import ADAPTER_VERSION, share_visits
 from ..window import make_window
 from .registration import NAME
 
@@ -61,6 +63,11 @@ class SliceFineConfig(PeftConfig):
             backward stops at its lower edge. None trains all layers at once. See `slicefine.window.Window`.
         window_order: ``"top-down"``, ``"bottom-up"``, ``"random"`` or ``"fixed"`` (the top window stays).
         window_dwell: visits per window: ``"uniform"``, ``"top-heavy"``, or one number each, the top one's first.
+        reserve: keep out of what other adapters trained: their folders, or ``{layer: [[axis, start, width], ...]}``
+            (what folders become). Positions avoid their rows and columns; entries where a row crosses a column of
+            theirs stay as they are.
+        share: ``[i, n]``: train the i-th of n parts of the positions (i from 0); n runs with otherwise the same
+            settings can go in parallel and be put together (`slicefine compose`).
         seed: of random positions, masks and windows.
         history: how many moves can be undone.
         init_weights: False perturbs the first slice, so that the adapter is not the identity (for tests).
@@ -95,6 +102,8 @@ class SliceFineConfig(PeftConfig):
     window: float | None = field(default=None, metadata={"help": "Blocks that train at a time (int), or their share."})
     window_order: str = field(default="top-down", metadata={"help": "top-down, bottom-up, random or fixed."})
     window_dwell: Any = field(default="uniform", metadata={"help": "uniform, top-heavy, or visits per window."})
+    reserve: Any = field(default=None, metadata={"help": "Adapters (folders) to keep out of, or their slices."})
+    share: list[int] | None = field(default=None, metadata={"help": "[i, n]: part i of n of the positions."})
     seed: int = field(default=0, metadata={"help": "Seed of random positions, masks and windows."})
     history: int = field(default=8, metadata={"help": "How many moves can be undone."})
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the first slice (for tests)."})
@@ -127,6 +136,7 @@ class SliceFineConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        self.reserve = owned_slices(self.reserve)
         self.schedule()
         self.move_settings()
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -143,7 +153,12 @@ class SliceFineConfig(PeftConfig):
         row = rank if rank is not None else self.r_row if self.r_row is not None else self.r
         column = rank if rank is not None else self.r_column if self.r_column is not None else self.r
         positions = tuple(self.positions) if isinstance(self.positions, list) else self.positions
-        return Schedule(self.mode, row, column, positions, self.mask_fraction, self.seed)
+        reserve = {layer: [Slice(*block) for block in blocks] for layer, blocks in (self.reserve or {}).items()}
+        share = None if self.share is None else tuple(self.share)
+        if share is not None and len(share) != 2:
+            raise ConfigError(f"share={self.share!r}: expected [i, n]: part i of n, counted from 0.")
+        visits = share_visits(self.mode, share, self.move_settings())
+        return Schedule(self.mode, row, column, positions, self.mask_fraction, self.seed, reserve, share, visits)
 
     def move_settings(self) -> MoveSettings:
         """When to move, and the policy for optimizer state."""

@@ -65,6 +65,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._report_hidden(none_left=next(_sliced_layers(model, adapter_name), None) is None)
+            self._check_reserve(model, adapter_name, config)
             self._make_mover(model, adapter_name, config)
         except Exception:
             _remove_adapter(model, adapter_name)
@@ -93,6 +94,15 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             peft_config = copy.copy(peft_config)
             peft_config.target_modules = {key.rpartition(".")[2]}
         return BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _check_reserve(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
+        """Slices of another naming of the layers would be kept out of by nobody."""
+        names = {layer.states[adapter_name].layer_name for _, layer in _sliced_layers(model, adapter_name)}
+        if config.reserve and names and not config.inference_mode and names.isdisjoint(config.reserve):
+            raise ConfigError(
+                f"reserve: none of its {len(config.reserve)} layers ({next(iter(config.reserve))}, ...) is trained "
+                f"here ({sorted(names)[0]}, ...). Train the same layers of the same model class, or leave it out."
+            )
 
     def _make_mover(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
         layers: dict[str, SliceLinear] = dict(_sliced_layers(model, adapter_name))
@@ -220,14 +230,14 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if adapter_name in self.peft_config:
             raise ConfigError(f"add_weighted_adapter: {adapter_name!r} exists already; choose another name.")
         configs: list[Any] = [self.peft_config[name] for name in adapters]
-        if len({(c.mode, c.schedule()) for c in configs}) > 1:
-            raise ConfigError(
-                "add_weighted_adapter: the adapters differ in mode, rank or positions; combine equal ones."
-            )
+        schedules = [c.schedule() for c in configs]
+        if len({(s.mode, s.row_rank, s.column_rank, s.mask_fraction) for s in schedules}) > 1:
+            raise ConfigError("add_weighted_adapter: the adapters differ in mode or rank; combine equal ones.")
         wrappers = self._modules_to_save_of(adapters)
         saved = sorted({name for c in configs for name in c.modules_to_save or ()})
         # the parts' layers were visited at different times, so the sum stands under no window
         no_window = {"window": None, "window_order": "top-down", "window_dwell": "uniform"}
+        no_window |= {"reserve": None, "share": None}
         config = self.peft_config[adapter_name] = replace(
             configs[0],
             layout=None,

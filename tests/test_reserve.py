@@ -1,0 +1,281 @@
+"""Runs that keep apart by design: positions that do not meet, and crossings that nobody touches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+
+from core_helpers import batches, mlp, slice_mask, step
+from peft_helpers import THIRD_PARTY, config, llama, train
+from slicefine import SliceFineConfig, attach
+from slicefine.errors import ConfigError
+from slicefine.files.adapter import read_adapter, write_adapter
+from slicefine.files.checkpoint import Checkpoint
+from slicefine.files.compose import compose
+from slicefine.geometry import Slice, covered
+from slicefine.reference import ReferenceSliceLinear
+from slicefine.schedule import Schedule, fixed_entries, own_starts, slice_at
+
+pytestmark = THIRD_PARTY
+MODES = ("row", "column", "alternate")
+
+
+def dense(blocks, shape):
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for block in blocks:
+        mask |= slice_mask(block, shape)
+    return mask
+
+
+def trained_mask(schedule, shape, visits, layer="fc"):
+    """Entries that a run with this schedule changes."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for visit in range(visits):
+        block = slice_at(schedule, visit, shape, layer)
+        own = slice_mask(block, shape)
+        fixed = fixed_entries(schedule, block, shape, layer)
+        lines = torch.zeros(shape, dtype=torch.bool)
+        part = lines[block.start : block.start + block.width] if block.axis == "row" else None
+        if part is not None:
+            part.copy_(fixed)
+        else:
+            lines[:, block.start : block.start + block.width] = fixed.t()
+        mask |= own & ~lines
+    return mask
+
+
+@given(
+    rows=st.integers(6, 20),
+    columns=st.integers(6, 20),
+    r=st.integers(1, 3),
+    parts=st.integers(2, 3),
+    visits=st.integers(1, 9),
+    mode=st.sampled_from(MODES),
+    positions=st.sampled_from(["sweep", "random", "fixed"]),
+)
+def test_shares_train_no_common_entry(rows, columns, r, parts, visits, mode, positions):
+    shape = (rows, columns)
+    if min(shape) < r * parts:
+        return
+    masks = [
+        trained_mask(Schedule(mode, r, r, positions, None, 3, share=(i, parts), share_visits=visits), shape, visits)
+        for i in range(parts)
+    ]
+    assert int(torch.stack(masks).sum(0).max()) <= 1
+    assert all(mask.any() for mask in masks)
+
+
+@given(rows=st.integers(4, 20), r=st.integers(1, 4), parts=st.integers(1, 4), mode=st.sampled_from(["row", "column"]))
+def test_shares_take_every_position_once(rows, r, parts, mode):
+    shape = (rows, 7) if mode == "row" else (7, rows)
+    whole = own_starts(Schedule(mode, r, r), mode, shape)
+    if len(whole) < parts:
+        with pytest.raises(ConfigError, match=r"layer 'fc': .*too few for part"):
+            own_starts(Schedule(mode, r, r, share=(parts - 1, parts)), mode, shape, "fc")
+        return
+    found = [list(own_starts(Schedule(mode, r, r, share=(i, parts)), mode, shape, "fc")) for i in range(parts)]
+    assert sorted(start for own in found for start in own) == list(whole)
+
+
+@given(
+    reserved=st.lists(
+        st.builds(Slice, st.sampled_from(["row", "column"]), st.integers(0, 8), st.integers(1, 2)),
+        min_size=1,
+        max_size=4,
+    ),
+    mode=st.sampled_from(MODES),
+    positions=st.sampled_from(["sweep", "random", [0, 3, 6, 9]]),
+)
+def test_reserved_lines_are_kept_out_of(reserved, mode, positions):
+    shape = (11, 12)
+    schedule = Schedule(mode, 2, 2, positions, reserve={"fc": reserved})
+    starts = {"row": (0, 2, 4, 6, 8, 9), "column": (0, 2, 4, 6, 8, 10)}
+    lines = {axis: {i for s in reserved if s.axis == axis for i in s.indices()} for axis in starts}
+    axes = ("row", "column") if mode == "alternate" else (mode,)
+    given_or_all = {axis: positions if isinstance(positions, list) else starts[axis] for axis in axes}
+    if any(all({s, s + 1} & lines[axis] for s in given_or_all[axis]) for axis in axes):
+        with pytest.raises(ConfigError, match="reserve= leaves 0 of"):
+            [slice_at(schedule, visit, shape, "fc") for visit in range(2)]
+        return
+    blocks = [slice_at(schedule, visit, shape, "fc") for visit in range(12)]
+    owned = dense(reserved, shape)
+    for block in blocks:
+        assert not any(slice_mask(other, shape)[slice_mask(block, shape)].all() for other in reserved)
+        assert all(other.axis != block.axis or not set(other.indices()) & set(block.indices()) for other in reserved)
+        assert torch.equal(fixed_entries(schedule, block, shape, "fc"), covered(block, reserved, shape))
+    assert not (trained_mask(schedule, shape, 12) & owned).any()
+    assert fixed_entries(schedule, blocks[0], shape, "another layer").sum() == 0
+
+
+RESERVED = {
+    "0": [Slice("row", 1, 3), Slice("column", 2, 2)],
+    "2": [Slice("column", 4, 2), Slice("row", 4, 1)],
+    "4": [Slice("row", 0, 1)],
+}
+
+
+@pytest.mark.parametrize("policy", ["reset", "rewarm", "keep"])
+@pytest.mark.parametrize("additive", [False, True], ids=["in place", "additive"])
+@pytest.mark.parametrize("mode", MODES)
+def test_reserved_entries_stay_and_the_rest_equals_the_twin(mode, additive, policy):
+    """The twin masks the gradient before the step and puts reserved values back after it."""
+    model, plain = mlp(), mlp()
+    if additive and policy != "reset":
+        return
+    decay = 0.0 if additive else 0.1  # beside the weights it pulls towards zero change, not towards zero
+    tuner = attach(
+        model, r=2, mode=mode, interval=3, reserve=RESERVED, train_rest=False, additive=additive, state_policy=policy
+    )
+    base = {name: layer.weight.clone() for name, layer in tuner.layers.items()}
+    twins = {}
+    schedule = Schedule(mode, 2, 2, reserve=RESERVED)
+    for name in RESERVED:
+        twins[name] = ReferenceSliceLinear(plain.get_submodule(name), schedule, name)
+        setattr(plain, name, twins[name])
+    mine = torch.optim.AdamW(tuner.parameters(), lr=0.05, weight_decay=decay)
+    theirs = torch.optim.AdamW([twin.part_T for twin in twins.values()], lr=0.05, weight_decay=decay)
+    for number, (x, y) in enumerate(batches(14), start=1):
+        step(model, mine, x, y)
+        theirs.zero_grad()
+        (plain(x) - y).square().mean().backward()
+        kept = {}
+        for name, twin in twins.items():
+            lines = twin.lines()
+            fixed = torch.zeros_like(twin.part_T, dtype=torch.bool)
+            fixed[: lines.shape[0], : lines.shape[1]] = covered(twin.active, RESERVED[name], twin.shape)
+            twin.part_T.grad[fixed] = 0
+            kept[name] = (fixed, twin.part_T.detach().clone())
+        theirs.step()
+        since = (number - 1) % 3 + 1
+        for name, twin in twins.items():
+            fixed, before = kept[name]
+            with torch.no_grad():
+                if policy == "rewarm" and number > 3:
+                    twin.part_T.copy_(before + min(1, since / 10) * (twin.part_T - before))
+                twin.part_T[fixed] = before[fixed]
+                twin.part_T[twin.lines().shape[0] :] = 0
+                twin.part_T[:, twin.lines().shape[1] :] = 0
+            if number % 3 == 0:
+                twin.move()
+                if policy != "keep":
+                    theirs.state.pop(twin.part_T, None)
+    for name, layer in tuner.layers.items():
+        assert layer.states["default"].journal.active == twins[name].active
+        weight = tuner.layers[name].weight.detach().clone()
+        layer.fold()
+        folded = layer.weight.detach()
+        assert_close(folded, twins[name].weight().detach())
+        owned = dense(RESERVED[name], layer.shape)
+        assert torch.equal(folded[owned], base[name][owned])
+        assert not torch.equal(folded, base[name])
+        assert additive == torch.equal(weight, base[name])
+
+
+def test_gradients_of_reserved_entries_are_zero_under_checkpointing_too():
+    found = []
+    for checkpointed in (False, True):
+        model = mlp()
+        tuner = attach(model, r=2, mode="alternate", interval=3, reserve=RESERVED)
+        x, y = batches(1)[0]
+        run = torch.utils.checkpoint.checkpoint if checkpointed else lambda f, x, **_: f(x)
+        (run(model, x.requires_grad_(), use_reentrant=False) - y).square().mean().backward()
+        found.append([parameter.grad.clone() for parameter in tuner.parameters()])
+    for plain, other in zip(*found, strict=True):
+        assert_close(plain, other)
+        assert plain.any()
+    block = tuner.layers["0"].states["default"].journal.active
+    fixed = covered(block, RESERVED["0"], (11, 6))
+    assert fixed.any()
+    assert not found[1][0][: block.width, : fixed.shape[1]][fixed].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_parallel_runs_of_a_share_are_composed_untouched(tmp_path: Path, mode, dtype):
+    llama(dtype).save_pretrained(tmp_path / "base")
+    base, ends = None, []
+    for number in range(2):
+        plain = llama(dtype)
+        base = {n: p.clone() for n, p in plain.state_dict().items() if "proj" in n}
+        shared = config(mode, target_modules=["q_proj", "down_proj"], share=[number, 2], total_steps=6)
+        model = get_peft_model(plain, shared)
+        train(model, 6, ids=torch.randint(3, 30, (3, 8), generator=torch.Generator().manual_seed(number)))
+        model.save_pretrained(tmp_path / str(number))
+        merged = model.merge_and_unload().state_dict()
+        ends.append({n: merged[n] for n in base})
+    adapters = [read_adapter(tmp_path / str(number)) for number in range(2)]
+    with Checkpoint(tmp_path / "base") as files:
+        write_adapter(compose(adapters, files, "refuse"), tmp_path / "both")
+    both = PeftModel.from_pretrained(llama(dtype), tmp_path / "both").merge_and_unload().state_dict()
+    for name, first in ends[0].items():
+        changed = first != base[name]
+        assert torch.equal(both[name], torch.where(changed, first, ends[1][name]))
+        assert not (changed & (ends[1][name] != base[name])).any()
+
+
+def test_a_second_task_on_top_of_the_first_keeps_out_and_comes_off_again(tmp_path: Path):
+    first = get_peft_model(llama(), config(target_modules=["q_proj"]))
+    train(first, 6)
+    first.save_pretrained(tmp_path / "a")
+    merged = first.merge_and_unload()
+    before = {n: p.clone() for n, p in merged.state_dict().items()}
+    settings = config(target_modules=["q_proj"], reserve=[str(tmp_path / "a")])
+    second = get_peft_model(merged, settings)
+    train(second, 6)
+    second.save_pretrained(tmp_path / "b")
+    saved = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert saved["reserve"] == settings.reserve
+    assert str(tmp_path) not in json.dumps(saved["reserve"])  # what folders become, not where they were
+    restored = second.unload().state_dict()
+    assert all(torch.equal(restored[n], before[n]) for n in before)
+    # both in one, over the original base: values of the first that the second's blocks carry are no clash
+    llama().save_pretrained(tmp_path / "base")
+    with Checkpoint(tmp_path / "base") as files:
+        both = compose([read_adapter(tmp_path / n) for n in "ab"], files, "refuse")
+        write_adapter(both, tmp_path / "both")
+    stacked = PeftModel.from_pretrained(llama(), tmp_path / "both").merge_and_unload().state_dict()
+    again = PeftModel.from_pretrained(merged, tmp_path / "b").merge_and_unload().state_dict()
+    assert all(torch.equal(stacked[n], again[n]) for n in again)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"share": [2, 2]}, r"share=\(2, 2\): expected \(i, n\) with 0 <= i < n"),
+        ({"share": [0]}, r"share=\[0\]: expected \[i, n\]"),
+        ({"share": [0, 2], "interval": 5}, "needs the number of visits.*interval= with total_steps="),
+        ({"share": [0, 2], "mode": "random_mask"}, "draws entries all over the matrix"),
+        ({"reserve": {"fc": [["row", 0, 1]]}, "mode": "random_mask"}, "draws entries all over the matrix"),
+        ({"share": [0, 2], "positions": lambda *_: None}, "a function has to do so by itself"),
+        ({"reserve": 5}, "expected folders of adapters"),
+        ({"reserve": {"fc": [["diagonal", 0, 1]]}}, r"expected folders of adapters, or \{layer"),
+        ({"reserve": {"fc": [[0, 1]]}}, r"expected folders of adapters, or \{layer"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        SliceFineConfig(**settings)
+
+
+def test_more_visits_than_planned_are_refused():
+    model = nn.Sequential(nn.Linear(16, 16))
+    tuner = attach(model, r=2, mode="alternate", moves=2, total_steps=300, share=(0, 2))
+    tuner.move()
+    tuner.move()
+    with pytest.raises(ConfigError, match="was planned for 3 visits per run"):
+        tuner.move()
+
+
+def test_layers_that_nobody_trains_here_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"none of its 1 layers \(bert.fc, ...\) is trained here \(model.layers"):
+        get_peft_model(llama(), config(reserve={"bert.fc": [["row", 0, 2]]}))
+    with pytest.raises(ConfigError, match=r"reserve= leaves 0 of 3 positions of 2 rows"):
+        attach(nn.Sequential(nn.Linear(4, 6)), r=2, mode="row", reserve={"0": [Slice("row", 0, 6)]})
