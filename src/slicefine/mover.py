@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from .errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
+from .errors import AdapterFileError, ConfigError, NumericalError, OptimizerError, UnsupportedError
 from .geometry import Slice
 from .layer import SliceLinear
 from .schedule import POLICIES, Moves, plan_moves, wrap_visit
 from .state import AdapterState
 from .window import Window, places
 
-__all__ = ["FALLBACK_INTERVAL", "Mover", "MoveSettings", "movers_of", "reset_optimizer_state"]
+__all__ = ["FALLBACK_INTERVAL", "Mover", "MoveSettings", "check_progress", "movers_of", "reset_optimizer_state"]
 
 FALLBACK_INTERVAL = 500  # the paper's N (Appendix I), for custom loops of unknown length
 FOREIGN_STEPS = 3  # steps of other optimizers, with gradients waiting for ours, before this is called a mistake
@@ -125,6 +125,7 @@ class Mover:
         layers: its layers by name.
         settings: when to move, and the policy for optimizer state.
         run_start: the step at which this run began; moves are counted from there.
+        progress: for each visit the loss and metrics that were last noted in it (`note`); shorter if none were.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Mover:
     stepped: bool = False
     warned: bool = False
     warned_below: bool = False
+    progress: list[dict[str, float]] = field(default_factory=list)
     _owners: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet, repr=False)
     _seen: tuple[Tensor, int] | None = field(default=None, repr=False)  # gradient at the last foreign step
     _pace: weakref.ref[Optimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
@@ -193,6 +195,22 @@ class Mover:
         if done == 0 and total is not None and self.plan is not None:
             self._warn_about_plan(self.plan, total)
 
+    def note(self, step: int | None = None, **values: float) -> None:
+        """Note the loss or a metric with the visit that it belongs to; adapter files carry them (`slicefine info`).
+
+        ``Trainer`` does so with what it logs.
+
+        Args:
+            step: optimizer step of the run after which they were measured; None is the last one.
+            **values: ``loss=0.7``, ``eval_accuracy=0.8``, and the like.
+        """
+        visits = next((state.journal.visits for _, state in self._pairs()), [])
+        total = self.step if step is None else self.run_start + step
+        starts = [visit.first_step for visit in visits]
+        number = max((i for i, first in enumerate(starts) if first <= total), default=0)
+        self.progress += [{} for _ in range(number + 1 - len(self.progress))]
+        self.progress[number] |= {name: float(value) for name, value in values.items()}
+
     def move(self, to: Mapping[str, Slice] | None = None) -> None:
         """Freeze the active slices and go on to the next ones (or to ``to``, by layer name)."""
         self._move(to or {}, list(self._owners))
@@ -205,6 +223,7 @@ class Mover:
         for _ in range(moves):
             for layer in self._with_adapter():
                 layer.undo(self.name)
+        del self.progress[self.visits :]
         self._reset(list(self._owners))
 
     # -- the hook -------------------------------------------------------------------------------------------------
@@ -455,6 +474,20 @@ class Mover:
             for visit in layer.states[self.name].journal.visits[1:]
         ]
         return sum(first <= self.run_start + 1 for first in starts)
+
+
+def check_progress(progress: Any, where: str) -> list[dict[str, float]]:
+    """What a file says of the loss and the metrics of each visit.
+
+    Raises:
+        AdapterFileError: if it is no list of named numbers.
+    """
+    found = [] if progress is None else progress
+    if not isinstance(found, list) or not all(
+        isinstance(entry, dict) and all(isinstance(value, (int, float)) for value in entry.values()) for entry in found
+    ):
+        raise AdapterFileError(f"{where}: progress is no list of losses and metrics; the file is corrupt.")
+    return [{str(name): float(value) for name, value in entry.items()} for entry in found]
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:

@@ -19,7 +19,7 @@ from .delta import Delta
 from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
 from .layer import SliceLinear, supports
-from .mover import Mover, MoveSettings
+from .mover import Mover, MoveSettings, check_progress
 from .schedule import Positions, Schedule
 from .transfer import check_tensors, file_tensors, load_tensors
 from .window import make_window, places
@@ -37,7 +37,7 @@ __all__ = [
     "warn_about_clamped",
 ]
 
-FORMAT_VERSION = 2  # of a tuner's file; 2 says that additive slices are told apart
+FORMAT_VERSION = 2  # of a tuner's file; 2 tells additive slices apart, and has values to undo the last visits with
 ADAPTER_VERSION = 2  # of an adapter folder in PEFT's layout; 2 has values to undo the last visits with
 _NAME = "default"
 
@@ -111,7 +111,7 @@ class SliceTuner:
             for kind, tensor in file_tensors(layer, _NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
             tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
-        header = {"version": 2 if self.additive else 1, "additive": self.additive}
+        header = {"version": 2, "additive": self.additive, "progress": self.mover.progress}
         metadata = {"format": "pt", "slicefine": json.dumps(header)}
         target = Path(path)
         aside = target.with_name(target.name + ".partial")
@@ -128,7 +128,8 @@ class SliceTuner:
             AdapterFileError: if the file is missing, corrupt, or was written for other layers, or if it holds
                 differences from the base (``additive``) and this model's slices hold values, or the other way round.
         """
-        tensors, additive = _read_file(Path(path))
+        tensors, header = _read_file(Path(path))
+        additive = bool(header.get("additive", False))
         if additive != self.additive:
             raise AdapterFileError(
                 f"{path}: written with additive={additive}, but this model's slices have additive={self.additive}; "
@@ -149,6 +150,7 @@ class SliceTuner:
             check_tensors(layer, _NAME, own[name])
         for name, layer in self.layers.items():
             load_tensors(layer, _NAME, own[name])
+        self.mover.progress = check_progress(header.get("progress"), str(path))
 
 
 def attach(
@@ -303,8 +305,8 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a file, and whether they are differences from the base."""
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file, and its header: version, additive, progress."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("slicefine", "null"))
@@ -315,6 +317,6 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], bool]:
                     f"{path}: format version {header['version']} is newer than {FORMAT_VERSION}; update slicefine."
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, bool(header.get("additive", False))
+            return tensors, header
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise AdapterFileError(f"{path}: cannot be read as a safetensors file ({error}).") from error

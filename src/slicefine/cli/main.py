@@ -12,6 +12,7 @@ __all__ = ["main"]
 
 _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
+    *("layers", "distance"),
     *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory"),
     *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )

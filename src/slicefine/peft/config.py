@@ -123,6 +123,9 @@ class SliceFineConfig(PeftConfig):
     weights: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Shape, orientation and a sample of the base's weights. Do not set."}
     )
+    progress: list[dict[str, float]] | None = field(
+        default=None, metadata={"help": "Loss and metrics of each visit, filled in at save. Do not set."}
+    )
     format_version: int = field(default=ADAPTER_VERSION, metadata={"help": "Of the adapter file. Do not set."})
 
     def __post_init__(self) -> None:

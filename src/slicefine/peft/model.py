@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..layer import SliceLinear, is_hidden, supports
-from ..mover import Mover
+from ..mover import Mover, check_progress
 from ..schedule import Schedule
 from ..state import read_sample
 from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, weight_facts
@@ -107,7 +107,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
     def _make_mover(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
         layers: dict[str, SliceLinear] = dict(_sliced_layers(model, adapter_name))
         if layers:
-            mover = Mover(adapter_name, layers, config.move_settings())
+            progress = check_progress(config.progress, "adapter_config.json")
+            mover = Mover(adapter_name, layers, config.move_settings(), progress=progress)
             if config.total_steps is not None:
                 mover.begin_run(config.total_steps)
 
@@ -242,6 +243,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             configs[0],
             layout=None,
             weights=None,
+            progress=None,
             target_modules=_all_targets(configs),
             modules_to_save=saved or None,
             **no_window,
@@ -299,6 +301,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         )
         result = {key: tensor for key, tensor in result.items() if f".{cls.prefix}{ORIGINALS}" not in key}
         config.layout, config.weights = {}, {}
+        mover = next((layer.states[adapter_name].mover for _, layer in layers), None)
+        config.progress = None if mover is None or not mover.progress else mover.progress
         for _, layer in layers:
             tensors = file_tensors(layer, adapter_name)
             name = layer.states[adapter_name].layer_name

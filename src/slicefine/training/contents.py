@@ -13,11 +13,13 @@ from rich.table import Table
 
 from ..errors import AdapterFileError
 from ..files.adapter import WEIGHTS, find_adapter, open_weights, read_config
-from ..geometry import touched
+from ..files.distance import Distance
+from ..geometry import Slice, touched
 from ..journal import Visit, read_table
+from ..mover import check_progress
 from .counts import layer_kind
 
-__all__ = ["Contents", "LayerContents", "print_contents", "read_contents"]
+__all__ = ["Contents", "LayerContents", "print_contents", "print_layers", "read_contents"]
 
 _MARK = ".slicefine_"
 
@@ -110,6 +112,8 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
         for (kind, *numbers, values), count in kinds.items():
             table.add_row(kind, str(count), *(str(number) for number in numbers), f"{values:,}")
         console.print(table)
+    if contents.config.get("progress"):
+        console.print(_progress(contents))
     facts = Table(show_header=False)
     config = contents.config
     facts.add_row("method", str(config.get("peft_type")))
@@ -124,6 +128,56 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     facts.add_row("other values (head)", f"{sum(contents.others.values()):,} in {len(contents.others)} tensors")
     facts.add_row("file size", f"{contents.file_bytes / 2**20:,.2f} MiB")
     console.print(facts)
+
+
+def print_layers(
+    contents: Contents, distances: dict[str, dict[Slice, Distance]] | None = None, console: Console | None = None
+) -> None:
+    """Print every layer's positions, and how far each went.
+
+    Args:
+        contents: what `read_contents` gave.
+        distances: of every layer's slices from the base; None leaves them out.
+        console: where to print.
+    """
+    table = Table(title="positions of each layer")
+    for column in ("layer", "position", "slice", "steps", "change", "relative"):
+        table.add_column(column, justify="left" if column in ("layer", "slice") else "right", overflow="fold")
+    for layer in contents.layers:
+        for number, visit in enumerate(layer.visits, start=1):
+            if visit.last_step < visit.first_step:
+                continue  # outside a window of blocks
+            found = None if distances is None else distances.get(layer.name, {}).get(visit.slice)
+            how_far = ("", "") if found is None else (f"{found.change:.3g}", f"{found.relative:.1%}")
+            steps = f"{visit.first_step}-{visit.last_step}"
+            table.add_row(layer.name if number == 1 else "", str(number), _named(visit.slice), steps, *how_far)
+    (console or Console()).print(table)
+
+
+def _named(block: Slice) -> str:
+    if block.axis == "entries":
+        return f"{block.width:,} entries"
+    return f"{block.axis}s {block.start}-{block.start + block.width - 1}"
+
+
+def _progress(contents: Contents) -> Table:
+    """Loss and metrics at the end of each position, and what it gained over the one before."""
+    progress = check_progress(contents.config.get("progress"), str(contents.folder))
+    names = list(dict.fromkeys(name for entry in progress for name in entry))
+    table = Table(title="at the end of each position (and the gain over the one before)")
+    for column in ("position", "steps", *names):
+        table.add_column(column, justify="right", overflow="fold")
+    steps = _steps(contents.layers)
+    last: dict[str, float] = {}
+    for number, entry in enumerate(progress[: len(steps)]):
+        cells = []
+        for name in names:
+            value = entry.get(name)
+            gain = f" ({value - last[name]:+.4f})" if value is not None and name in last else ""
+            cells.append("" if value is None else f"{value:.4f}{gain}")
+        last |= entry
+        table.add_row(str(number + 1), steps[number], *cells)
+    return table
 
 
 def _layer(path: Path, name: str, part: dict[str, Any]) -> LayerContents:

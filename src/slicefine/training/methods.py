@@ -165,7 +165,8 @@ def _positions(loaded: Loaded, settings: TrainSettings, prepared: Prepared) -> A
         r=lambda name: patterns.get(get_pattern_key(list(patterns), name), rank),
         target_modules=chosen.target_modules or "all-linear",
         # an interval's number of moves is not known here
-        visits=None if chosen.interval is not None or chosen.moves is None else chosen.moves + 1,
+        # and with others to keep out of, all positions are needed to choose from
+        visits=None if chosen.interval is not None or chosen.moves is None or chosen.reserve else chosen.moves + 1,
     )
     first: dict[str, dict[str, list[int]]] = broadcast_object_list([positions])[0]  # the same in every process
     return first
@@ -191,6 +192,8 @@ def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings, positions
         window=chosen.window,
         window_order=chosen.window_order,
         window_dwell=chosen.window_dwell,
+        reserve=chosen.reserve or None,
+        share=chosen.share,
         seed=settings.training.seed if chosen.seed is None else chosen.seed,
     )
 

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..mover import MoveSettings
 from ..schedule import POSITIONS, Schedule
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
+from ..tuner import share_visits
 from ..window import make_window
 
 __all__ = ["LEARNING_RATES", "METHODS", "MethodSettings", "SliceSettings", "TrainSettings", "TrainingSettings"]
@@ -63,6 +64,8 @@ class SliceSettings:
             stops at its lower edge. None trains all layers at once.
         window_order: top-down, bottom-up, random, or fixed (the top window stays).
         window_dwell: visits per window: uniform, top-heavy, or one number each, the top window's first.
+        reserve: folders of adapters whose rows and columns this run keeps out of; entries where they cross stay fixed.
+        share: [i, n] trains part i (from 0) of n of the positions, beside n - 1 other runs; positions sweep or random.
         seed: of random positions, masks and windows; None is training.seed.
         target_modules: "all-linear", names, a regular expression, or null for the architecture's default.
         exclude_modules: names or a regular expression of layers to leave out.
@@ -84,6 +87,8 @@ class SliceSettings:
     window: int | float | None = None
     window_order: str = "top-down"
     window_dwell: str | list[int] = "uniform"
+    reserve: list[str] = field(default_factory=list)
+    share: list[int] | None = None
     seed: int | None = None
     target_modules: str | list[str] | None = "all-linear"
     exclude_modules: str | list[str] | None = None
@@ -95,12 +100,24 @@ class SliceSettings:
         if isinstance(self.positions, str) and self.positions not in ("energy", *POSITIONS):
             known = ", ".join(("energy", *POSITIONS))
             raise ConfigError(f"slice.positions={self.positions!r} is unknown; expected {known}, or a list of starts.")
+        if self.share is not None and self.by_energy:
+            raise ConfigError(
+                "slice.share: the order of positions=energy differs between runs, so that their parts would meet; "
+                "choose slice.positions=sweep or random."
+            )
+        if self.share is not None and len(self.share) != 2:
+            raise ConfigError(f"slice.share={self.share!r}: expected [i, n]: part i of n, counted from 0.")
         try:
-            Schedule(self.mode, row, column, "sweep" if self.by_energy else self.positions, self.mask_fraction)
             window = make_window(self.window, self.window_order, self.window_dwell, self.seed or 0)
-            MoveSettings(
+            moves = MoveSettings(
                 self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps, window
             )
+            positions = "sweep" if self.by_energy else self.positions
+            share = None if self.share is None else (self.share[0], self.share[1])
+            visits = share_visits(self.mode, share, moves)
+            Schedule(self.mode, row, column, positions, self.mask_fraction, share=share, share_visits=visits)
+            if self.reserve and self.mode == "random_mask":
+                raise ConfigError("mode='random_mask' draws entries all over the matrix; reserve= needs slices.")
         except ConfigError as error:
             raise ConfigError(f"slice: {error}") from error
 
