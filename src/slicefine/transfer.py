@@ -106,7 +106,11 @@ def file_tensors(layer: Holder, name: str) -> dict[str, Tensor]:
     if state.deferred or layer.slicefine_active[name].is_meta or state.layout.keys() - state.staged.keys():
         return _placeholders(state.layout) | state.staged  # a file is on its way: say what is expected
     layer.settle(name)
-    return pack(state.journal, layer.dense())
+    journal = state.journal
+    key = (state.stamp, len(journal.visits), journal.visits[-1], journal.applied)
+    if state.packed is None or state.packed[0] != key:  # a state dict asks kind by kind
+        state.packed = (key, pack(journal, layer.dense()))
+    return dict(state.packed[1])
 
 
 def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
