@@ -13,7 +13,7 @@ __all__ = ["main"]
 _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
     *("layers", "distance"),
-    *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory"),
+    *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory", "private"),
     *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
 
@@ -41,13 +41,13 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import bench, compose, eval, export, info, merge, plan, train, undo
+    from . import bench, compose, eval, export, info, merge, plan, push, train, undo
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
-    verbs |= {"undo": undo, "info": info, "plan": plan, "bench": bench}
+    verbs |= {"undo": undo, "push": push, "info": info, "plan": plan, "bench": bench}
     for name, verb in verbs.items():
         commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
     chosen = parser.parse_args(normalise(argv))

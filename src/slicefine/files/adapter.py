@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ __all__ = ["CONFIG", "WEIGHTS", "Adapter", "LayerFile", "owned_slices", "read_ad
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MARK = ".slicefine_"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -184,11 +186,30 @@ def owned_slices(reserve: Any) -> dict[str, list[list[Any]]] | None:
 
 
 def find_adapter(folder: str | Path) -> Path:
-    """The folder itself, or the ``adapter`` folder inside a run's output."""
+    """The folder itself, or the ``adapter`` folder inside a run's output; ``user/name`` is fetched from the hub.
+
+    Raises:
+        AdapterFileError: if there is no such folder, and the hub has none or cannot be reached.
+    """
     path = Path(folder).expanduser()
+    if not path.exists() and HUB_NAME.fullmatch(str(folder)):
+        return _fetched(str(folder))
     if not (path / CONFIG).is_file() and (path / "adapter" / CONFIG).is_file():
         return path / "adapter"
     return path
+
+
+def _fetched(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS, "*.txt", "*.model", "README.md"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterFileError(
+            f"{name}: no such folder, and the hub does not give it ({str(error).strip().splitlines()[0]}). Give the "
+            "folder of an adapter, or its name on the hub."
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
