@@ -5,10 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 
 from peft_helpers import IDS, MODES, THIRD_PARTY, config, layers, llama, logits, same, train, weights
 from slicefine import movers_of
@@ -285,3 +292,40 @@ def test_a_policy_pass_a_reference_pass_and_backward_give_the_policy_gradients()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n]) for n in found)
+
+
+def test_a_thousand_switches_over_five_adapters_leave_every_bit_as_it_was():
+    """Random switches, disabling, merging, saving and moves undone and made again, beside dense copies."""
+    before = weights(llama())
+    model, wanted = None, {}
+    for number, mode in enumerate(("row", "column", "alternate", "random_mask", "alternate")):
+        name = f"a{number}"
+        settings = config(mode, positions="random", seed=number, target_modules=["q_proj", "down_proj"])
+        model = get_peft_model(llama(), settings, adapter_name=name) if model is None else model
+        if number:
+            model.add_adapter(name, settings)
+        model.set_adapter(name)
+        train(model, 5 + number, ids=(IDS + number) % 29)
+        wanted[name] = weights(model)
+    assert len({tuple(w.sum().item() for w in state.values()) for state in wanted.values()}) == 5
+    chooser, active = random.Random(0), "a4"
+    for _ in range(1000):
+        action = chooser.choice(["switch", "switch", "switch", "disable", "merge", "undo", "save"])
+        if action == "switch":
+            active = chooser.choice(list(wanted))
+            model.set_adapter(active)
+        elif action == "disable":
+            with model.disable_adapter():
+                assert same(weights(model), before)
+        elif action == "merge":
+            model.merge_adapter()
+            model.unmerge_adapter()
+        elif action == "undo":  # the move after the last step, taken back and made again
+            (mover,) = (m for m in movers_of(model) if m.name == active)
+            mover.move()
+            mover.undo()
+        else:
+            saved = get_peft_model_state_dict(model, adapter_name=active)
+            set_peft_model_state_dict(model, saved, adapter_name=active)
+        assert same(weights(model), wanted[active])
+    assert same(weights(model.unload()), before)

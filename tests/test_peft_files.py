@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_helpers import IDS, MODES, THIRD_PARTY, config, layers, llama, logits, same, train, weights
 from slicefine import SliceFineConfig, movers_of
-from slicefine.errors import AdapterFileError
+from slicefine.errors import AdapterFileError, ConfigError
 
 pytestmark = THIRD_PARTY
 FILE = "adapter_model.safetensors"
@@ -291,3 +291,20 @@ def test_a_merged_model_reloads_without_slicefine(tmp_path: Path):
     found = type(llama()).from_pretrained(tmp_path)
     assert torch.equal(logits(found), expected)
     assert not list(layers(found))
+
+
+def test_a_file_may_hold_the_last_slice_in_the_bases_precision(tmp_path: Path):
+    sizes, outputs = [], []
+    for values in ("master", "base"):
+        model = get_peft_model(llama(torch.bfloat16), config("row", save_values=values, target_modules=["q_proj"]))
+        train(model, 3)
+        model.save_pretrained(tmp_path / values)
+        tensors = load_file(tmp_path / values / "adapter_model.safetensors")
+        found = {t.dtype for key, t in tensors.items() if "slicefine_active" in key}
+        assert found == {torch.float32 if values == "master" else torch.bfloat16}
+        sizes.append(sum(t.numel() * t.element_size() for t in tensors.values()))
+        outputs.append(logits(PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path / values)))
+    assert sizes[1] < sizes[0]
+    assert torch.equal(*outputs)
+    with pytest.raises(ConfigError, match="save_values='half' is unknown; expected master or base"):
+        config(save_values="half")

@@ -69,6 +69,8 @@ class SliceFineConfig(PeftConfig):
         share: ``[i, n]``: train the i-th of n parts of the positions (i from 0); n runs with otherwise the same
             settings can go in parallel and be put together (`slicefine compose`).
         seed: of random positions, masks and windows.
+        save_values: what a file holds of the last slice: ``"master"`` (its fp32 master, from which training goes on
+            exactly) or ``"base"`` (the base's precision, as of all finished slices; smaller over half precision).
         history: how many moves can be undone.
         init_weights: False perturbs the first slice, so that the adapter is not the identity (for tests).
         target_modules: names, a regular expression, ``"all-linear"``, or None for the architecture's default
@@ -105,6 +107,7 @@ class SliceFineConfig(PeftConfig):
     reserve: Any = field(default=None, metadata={"help": "Adapters (folders) to keep out of, or their slices."})
     share: list[int] | None = field(default=None, metadata={"help": "[i, n]: part i of n of the positions."})
     seed: int = field(default=0, metadata={"help": "Seed of random positions, masks and windows."})
+    save_values: str = field(default="master", metadata={"help": "master or base: the last slice in a file."})
     history: int = field(default=8, metadata={"help": "How many moves can be undone."})
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the first slice (for tests)."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to train."})
@@ -139,6 +142,8 @@ class SliceFineConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        if self.save_values not in ("master", "base"):
+            raise ConfigError(f"save_values={self.save_values!r} is unknown; expected master or base.")
         self.reserve = owned_slices(self.reserve)
         self.schedule()
         self.move_settings()

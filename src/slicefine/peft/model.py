@@ -306,6 +306,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         for _, layer in layers:
             tensors = file_tensors(layer, adapter_name)
             name = layer.states[adapter_name].layer_name
+            active = f"{name}.{cls.prefix}active"
+            for key in [key for key in result if config.save_values == "base" and f".{active}" in f".{key}"]:
+                result[key] = result[key].to(layer.weight.dtype)
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
                 config.weights[name] = weight_facts(layer, adapter_name)
