@@ -129,3 +129,28 @@ def test_a_foreign_base_is_refused(schedule):
     journal, _, _ = trained(schedule, 8)
     with pytest.raises(AdapterFileError, match=r"lies outside a matrix of shape \(2, 2\); .* another base model"):
         expected_shapes(visit_table(journal.visits), (2, 2))
+
+
+def test_a_history_of_another_length_is_refused():
+    journal, _, weight = trained(SCHEDULES[2], 4)
+    tensors = pack(journal, weight)
+    active = active_parameter(journal, weight, SCHEDULES[2])
+    assert tensors["before"].numel() > 2
+    wrong = tensors["journal"].clone()
+    counts = wrong[:, 5].tolist()
+    last = max(i for i, count in enumerate(counts) if count > 0)
+    wrong[last, 5] -= 1
+    with pytest.raises(AdapterFileError, match=rf"fc: slicefine_before has shape \({sum(counts)},\), but the journal"):
+        unpack(tensors | {"journal": wrong}, active, SHAPE, "fc")
+    with pytest.raises(AdapterFileError, match=rf"fc: the history of visit {last + 1} has {counts[last] - 1} values"):
+        unpack(tensors | {"journal": wrong, "before": tensors["before"][1:]}, active, SHAPE, "fc")
+
+
+def test_a_shape_that_the_tensors_contradict_allocates_nothing(monkeypatch):
+    journal, _, weight = trained(SCHEDULES[2], 4)
+    tensors, huge = pack(journal, weight), (10**9, 10**9)
+    made = []
+    monkeypatch.setattr("slicefine.journal.covered", lambda *args: made.append(args))
+    with pytest.raises(AdapterFileError, match="but the journal implies"):
+        unpack(tensors, active_parameter(journal, weight, SCHEDULES[2]), huge, "fc")
+    assert not made

@@ -97,12 +97,16 @@ def expected_shapes(table: Tensor, shape: tuple[int, int]) -> dict[str, tuple[in
             count = len([i for i in touched(finished, axis) if i not in own])
         if count:
             shapes[kind] = (count,) if axis == "entries" else (count, line_length(axis, shape))
-    counts = kept_counts(table)
-    for i, count in enumerate(counts):
-        if count >= 0 and count != history_count(visits, i, shape):
-            raise AdapterFileError(f"journal: the history of visit {i + 1} has {count} values; the file is corrupt.")
-    kept = sum(count for count in counts if count > 0)
+    kept = sum(count for count in kept_counts(table) if count > 0)
     return shapes | ({"before": (kept,)} if kept else {})
+
+
+def _check_history(table: Tensor, shape: tuple[int, int], where: str) -> None:
+    """Raise `AdapterFileError` unless the history has as many values of each visit as the visits imply."""
+    visits = read_table(table)
+    for i, count in enumerate(kept_counts(table)):
+        if count >= 0 and count != history_count(visits, i, shape):
+            raise AdapterFileError(f"{where}: the history of visit {i + 1} has {count} values; the file is corrupt.")
 
 
 def unpack(tensors: Mapping[str, Tensor], active: Tensor, shape: tuple[int, int], where: str) -> dict[Slice, Tensor]:
@@ -133,6 +137,7 @@ def unpack(tensors: Mapping[str, Tensor], active: Tensor, shape: tuple[int, int]
         raise AdapterFileError(
             f"{where}: slicefine_active has shape {tuple(active.shape)}, too small for {current}; the file is corrupt."
         )
+    _check_history(table, shape, where)  # not before: what is made here has the sizes that were just checked
     lines: dict[str, dict[int, Tensor]] = {"row": {}, "column": {}}
     own = active.detach()[: block[0], : block[1]]
     for kind, axis in (("rows", "row"), ("columns", "column")):
