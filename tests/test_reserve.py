@@ -23,6 +23,7 @@ from slicefine.files.compose import compose
 from slicefine.geometry import Slice, covered
 from slicefine.reference import ReferenceSliceLinear
 from slicefine.schedule import Schedule, fixed_entries, own_starts, slice_at
+from slicefine.training.counts import model_touched, touched_entries
 
 pytestmark = THIRD_PARTY
 MODES = ("row", "column", "alternate")
@@ -279,3 +280,33 @@ def test_layers_that_nobody_trains_here_are_refused(tmp_path: Path):
         get_peft_model(llama(), config(reserve={"bert.fc": [["row", 0, 2]]}))
     with pytest.raises(ConfigError, match=r"reserve= leaves 0 of 3 positions of 2 rows"):
         attach(nn.Sequential(nn.Linear(4, 6)), r=2, mode="row", reserve={"0": [Slice("row", 0, 6)]})
+
+
+BLOCKS = st.lists(
+    st.builds(Slice, st.sampled_from(["row", "column"]), st.integers(0, 8), st.integers(1, 3)), max_size=4
+)
+
+
+@given(own=BLOCKS, others=BLOCKS)
+def test_entries_of_others_are_not_counted(own, others):
+    shape = (11, 12)
+    assert touched_entries(own, shape, others) == int((dense(own, shape) & ~dense(others, shape)).sum())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_counts_are_of_entries_that_change(mode):
+    model = mlp()
+    tuner = attach(model, r=2, mode=mode, interval=3, reserve=RESERVED)
+    base = {name: layer.weight.clone() for name, layer in tuner.layers.items()}
+    expected = tuner.mover.active_entries()
+    assert tuner.mover.fixed_entries() > 0
+    assert expected + tuner.mover.fixed_entries() == sum(
+        layer.block("default").numel() for layer in tuner.layers.values()
+    )
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for number, (x, y) in enumerate(batches(8)):
+        step(model, optimizer, x, y)
+        if number == 0:
+            assert sum(int((layer.weight != base[name]).sum()) for name, layer in tuner.layers.items()) == expected
+    changed = sum(int((layer.weight != base[name]).sum()) for name, layer in tuner.layers.items())
+    assert changed == model_touched(model)

@@ -242,13 +242,20 @@ class SliceLinear(nn.Module):
         return pad_block(values, parameter.shape).to(parameter.dtype)
 
     def active_entries(self, name: str) -> int:
-        """Entries that adapter ``name`` trains now: none outside the window, and padding does not count."""
-        if self.states[name].idle:
+        """Entries that adapter ``name`` trains now, without padding and others' entries; none outside the window."""
+        state = self.states[name]
+        if state.idle:
             return 0
-        if self.states[name].deferred:
-            first = slice_at(self.states[name].schedule, 0, self.shape, self.states[name].layer_name)
-            return first.width * line_length(first.axis, self.shape)
-        return self.block(name).numel()
+        if state.deferred:
+            first = slice_at(state.schedule, 0, self.shape, state.layer_name)
+            fixed = fixed_entries(state.schedule, first, self.shape, state.layer_name)
+            return first.width * line_length(first.axis, self.shape) - (0 if fixed is None else int(fixed.sum()))
+        return self.block(name).numel() - self.fixed_entries(name)
+
+    def fixed_entries(self, name: str) -> int:
+        """Entries of adapter ``name``'s slice that belong to other runs and stay as they are."""
+        fixed = self.states[name].fixed
+        return 0 if fixed is None else int(fixed.sum())
 
     def cast_active(self, name: str, dtype: torch.dtype) -> None:
         """Keep adapter ``name``'s parameter in ``dtype`` from now on (a new parameter, as PEFT's own casts make)."""

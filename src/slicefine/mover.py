@@ -173,8 +173,12 @@ class Mover:
         return next((len(state.journal.visits) for _, state in self._pairs()), 0)
 
     def active_entries(self) -> int:
-        """Entries in training now; padding does not count."""
+        """Entries in training now; padding and others' entries do not count."""
         return sum(layer.active_entries(self.name) for layer in self._with_adapter())
+
+    def fixed_entries(self) -> int:
+        """Entries of the active slices that belong to other runs (``reserve=``, ``share=``) and stay as they are."""
+        return sum(layer.fixed_entries(self.name) for layer in self._with_adapter())
 
     def slices(self) -> dict[str, Slice]:
         """The active slice of every layer that trains now."""

@@ -27,6 +27,7 @@ __all__ = [
     "fixed_entries",
     "given_starts",
     "own_starts",
+    "slices_of_others",
     "plan_moves",
     "slice_at",
     "wrap_visit",
@@ -217,15 +218,15 @@ def fixed_entries(schedule: Schedule, block: Slice, shape: tuple[int, int], laye
     """
     if not schedule.reserve and schedule.share is None:
         return None
-    return covered(block, [*schedule.reserve.get(layer, ()), *_slices_of_others(schedule, shape, layer)], shape)
+    return covered(block, slices_of_others(schedule, shape, layer), shape)
 
 
-def _slices_of_others(schedule: Schedule, shape: tuple[int, int], layer: str) -> list[Slice]:
-    """Where the other runs of a share will go."""
+def slices_of_others(schedule: Schedule, shape: tuple[int, int], layer: str = "") -> list[Slice]:
+    """What is reserved of a layer, and where the other runs of a share will go."""
+    found = dict.fromkeys(schedule.reserve.get(layer, ()))
     if schedule.share is None:
-        return []
+        return list(found)
     own, parts = schedule.share
-    found: dict[Slice, None] = {}
     for number in range(parts):
         if number == own:
             continue

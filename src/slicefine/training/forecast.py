@@ -22,7 +22,7 @@ from ..journal import Visit, history_count, visit_table
 from ..layer import SliceLinear
 from ..mover import Mover, movers_of
 from ..schedule import slice_at
-from .counts import touched_entries
+from .counts import layer_touched
 from .methods import make_trainable, tensor_counts, typical_batches
 from .plan import moves_of
 from .session import Session
@@ -198,7 +198,7 @@ def _changed(mover: Mover, moves: int) -> int:
     total = 0
     for layer in mover.layers.values():
         visits = planned_slices(layer, mover.name, moves)
-        total += touched_entries([v.slice for v in visits if v.last_step >= v.first_step], layer.shape)
+        total += layer_touched(layer.states[mover.name], visits, layer.shape)
     return total
 
 
