@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from slicefine import SliceFineConfig
 from slicefine.peft import SliceFineLinear
@@ -34,6 +34,13 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: Any) ->
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.2)
     return model.to(dtype)
+
+
+def gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    """Two GPT-2 layers of width 16, whose weights are transposed (Conv1D)."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}
+    return GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=2, pad_token_id=0)).to(dtype)
 
 
 def config(mode: str = "alternate", **settings: Any) -> SliceFineConfig:

@@ -153,7 +153,9 @@ def test_the_command(tmp_path: Path, capsys):
     adapter(tmp_path, "b", starts(4, 8), ids_seed=1)
     pair = f"[{tmp_path / 'a'}, {tmp_path / 'b'}]"
     assert main(["compose", "--adapters", pair]) == 0
-    assert "meet in 4 layers: 8 common" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "meet in 4 layers: 8 common" in shown
+    assert "  model.layers.0.self_attn.q_proj: rows 4-5; columns none; 0 crossings" in shown
     words = ["compose", "--adapters", pair, "--output", str(tmp_path / "out")]
     assert main(words) == 1
     assert "were changed by several adapters" in capsys.readouterr().err

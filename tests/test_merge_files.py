@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from peft_helpers import IDS, THIRD_PARTY, config, llama, logits, train
+from peft_helpers import IDS, THIRD_PARTY, config, gpt2, llama, logits, train
 from slicefine.cli.main import main
 from slicefine.errors import AdapterFileError, UnsupportedError
 from slicefine.files.adapter import read_adapter
@@ -21,12 +21,6 @@ from slicefine.files.checkpoint import Checkpoint
 from slicefine.files.merge import merge_files, stored_tensors
 
 pytestmark = THIRD_PARTY
-
-
-def gpt2(dtype=torch.float32):
-    torch.manual_seed(0)
-    size = {"vocab_size": 32, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}
-    return GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=2, pad_token_id=0)).to(dtype)
 
 
 def trained(tmp_path: Path, build, mode="alternate", shard="5GB", **settings):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from core_helpers import batches, mlp, slice_mask, step
-from peft_helpers import THIRD_PARTY, config, llama, train
+from peft_helpers import THIRD_PARTY, config, gpt2, llama, train
 from slicefine import SliceFineConfig, attach
 from slicefine.errors import ConfigError
 from slicefine.files.adapter import read_adapter, write_adapter
@@ -198,15 +198,17 @@ def test_gradients_of_reserved_entries_are_zero_under_checkpointing_too():
     assert not found[1][0][: block.width, : fixed.shape[1]][fixed].any()
 
 
+@pytest.mark.parametrize("build", [llama, gpt2], ids=["llama", "conv1d"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_parallel_runs_of_a_share_are_composed_untouched(tmp_path: Path, mode, dtype):
-    llama(dtype).save_pretrained(tmp_path / "base")
+def test_parallel_runs_of_a_share_are_composed_untouched(tmp_path: Path, mode, dtype, build):
+    build(dtype).save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "down_proj"] if build is llama else ["c_attn", "c_fc"]
     base, ends = None, []
     for number in range(2):
-        plain = llama(dtype)
-        base = {n: p.clone() for n, p in plain.state_dict().items() if "proj" in n}
-        shared = config(mode, target_modules=["q_proj", "down_proj"], share=[number, 2], total_steps=6)
+        plain = build(dtype)
+        base = {n: p.clone() for n, p in plain.state_dict().items() if any(f"{t}.weight" in n for t in targets)}
+        shared = config(mode, target_modules=targets, share=[number, 2], total_steps=6)
         model = get_peft_model(plain, shared)
         train(model, 6, ids=torch.randint(3, 30, (3, 8), generator=torch.Generator().manual_seed(number)))
         model.save_pretrained(tmp_path / str(number))
@@ -215,7 +217,7 @@ def test_parallel_runs_of_a_share_are_composed_untouched(tmp_path: Path, mode, d
     adapters = [read_adapter(tmp_path / str(number)) for number in range(2)]
     with Checkpoint(tmp_path / "base") as files:
         write_adapter(compose(adapters, files, "refuse"), tmp_path / "both")
-    both = PeftModel.from_pretrained(llama(dtype), tmp_path / "both").merge_and_unload().state_dict()
+    both = PeftModel.from_pretrained(build(dtype), tmp_path / "both").merge_and_unload().state_dict()
     for name, first in ends[0].items():
         changed = first != base[name]
         assert torch.equal(both[name], torch.where(changed, first, ends[1][name]))

@@ -13,6 +13,8 @@ from .parsing import instantiate
 
 __all__ = ["ComposeSettings", "parser", "run"]
 
+_SHOWN = 8  # layers
+
 
 @dataclass
 class ComposeSettings:
@@ -50,6 +52,22 @@ def parser() -> ArgumentParser:
     return result
 
 
+def _ranges(lines: list[int]) -> str:
+    """Line numbers as ranges: ``0-4, 9``.
+
+    Example:
+        >>> _ranges([0, 1, 2, 7])
+        '0-2, 7'
+    """
+    found: list[list[int]] = []
+    for line in lines:
+        if found and line == found[-1][1] + 1:
+            found[-1][1] = line
+        else:
+            found.append([line, line])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found) or "none"
+
+
 def run(chosen: Any) -> int:
     """Report where the adapters meet, and write the composed one."""
     from ..files.adapter import read_adapter, write_adapter
@@ -67,6 +85,11 @@ def run(chosen: Any) -> int:
         lines, crossings = sum(len(o.rows) + len(o.columns) for o in pair), sum(o.crossings for o in pair)
         print(f"{settings.adapters[first]} and {settings.adapters[second]} meet in {layers} layers: {lines:,} common")
         print(f"rows and columns, {crossings:,} entries where rows of one cross columns of the other")
+        for overlap in sorted(pair, key=lambda o: -o.crossings)[:_SHOWN]:
+            rows, columns = _ranges(overlap.rows), _ranges(overlap.columns)
+            print(f"  {overlap.layer}: rows {rows}; columns {columns}; {overlap.crossings:,} crossings")
+        if len(pair) > _SHOWN:
+            print(f"  ... and {len(pair) - _SHOWN} more layers")
     if not found:
         print("the adapters touch no common entry")
     if settings.output is None:
