@@ -151,12 +151,12 @@ def test_heads_need_a_choice(tmp_path: Path):
 def test_the_command(tmp_path: Path, capsys):
     adapter(tmp_path, "a", starts(0, 4))
     adapter(tmp_path, "b", starts(4, 8), ids_seed=1)
-    pair = f"[{tmp_path / 'a'}, {tmp_path / 'b'}]"
-    assert main(["compose", "--adapters", pair]) == 0
+    pair = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["compose", *pair]) == 0
     shown = capsys.readouterr().out
     assert "meet in 4 layers: 8 common" in shown
     assert "  model.layers.0.self_attn.q_proj: rows 4-5; columns none; 0 crossings" in shown
-    words = ["compose", "--adapters", pair, "--output", str(tmp_path / "out")]
+    words = ["compose", *pair, "--output", str(tmp_path / "out")]
     assert main(words) == 1
     assert "were changed by several adapters" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -46,9 +46,10 @@ class ComposeSettings:
 
 def parser() -> ArgumentParser:
     """Options of `slicefine compose`."""
-    usage = "slicefine compose --adapters '[DIR, DIR]' [--output DIR] [--policy sum] [--SETTING VALUE ...]"
+    usage = "slicefine compose DIR DIR ... [--output DIR] [--policy sum] [--SETTING VALUE ...]"
     result = ArgumentParser(usage=usage, description="Put adapters together that were trained on one base model.")
-    result.add_class_arguments(ComposeSettings)
+    result.add_argument("adapters", type=str, nargs="+", help="Folders of SliceFine adapters of one base model.")
+    result.add_class_arguments(ComposeSettings, skip={"adapters"})
     return result
 
 
