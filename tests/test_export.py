@@ -25,6 +25,7 @@ from slicefine.files.adapter import read_adapter
 from slicefine.files.checkpoint import Checkpoint, find_checkpoint
 from slicefine.files.export import Runtime, changes, export_lora, read_lora
 from slicefine.peft import SliceFineLinear
+from slicefine.training.contents import read_contents
 
 pytestmark = THIRD_PARTY
 
@@ -323,10 +324,25 @@ def test_bad_adapters(tmp_path: Path):
     refused("makes no sense", weights=broken)
     small = {name: facts | {"shape": [4, 4]} for name, facts in good["weights"].items()}
     refused("has lines of 24, which do not fit a weight of 4 x 4", weights=small)
+    for facts in ({"shape": [float("inf"), 8]}, {"shape": [10**12, 8]}, {"shape": [0, 8]}):
+        refused("makes no sense", weights={name: own | facts for name, own in good["weights"].items()})
+    infinite = {name: own | {"sample": [[float("inf"), 0, 1]]} for name, own in good["weights"].items()}
+    refused("sample of the base's weight is corrupt", weights=infinite)
+    outside = {name: own | {"sample": [[0, 99, 1]]} for name, own in good["weights"].items()}
+    refused("sample of the base's weight lies outside", weights=outside)
+    refused("what it says of the weights makes no sense", weights=[1])
     refused("format version 99, and this slicefine reads up to", format_version=99)
     path.write_text(json.dumps(good))
     weights = folder / "adapter_model.safetensors"
     tensors = load_file(weights)
+    wide = {key: t.clone() for key, t in tensors.items()}
+    for key in wide:
+        if "journal" in key:
+            wide[key][:, 2] = 10**11  # a slice of that width would not fit into any memory
+    save_file(wide, weights)
+    with pytest.raises(AdapterFileError, match="lies outside a matrix of shape"):
+        read_adapter(folder)
+    assert read_contents(folder).layers[0].rows >= 10**11  # counted, not listed
     save_file({key: value for key, value in tensors.items() if "journal" not in key}, weights)
     with pytest.raises(AdapterFileError, match="has no journal tensor"):
         read_adapter(folder)

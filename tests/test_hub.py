@@ -17,7 +17,7 @@ from hub_stand_in import running_hub
 from peft_helpers import IDS, THIRD_PARTY, config, llama, logits, train
 from slicefine.errors import AdapterFileError, ConfigError
 from slicefine.files.adapter import read_adapter
-from slicefine.files.hub import push
+from slicefine.files.hub import model_card, push
 
 pytestmark = THIRD_PARTY
 
@@ -35,12 +35,14 @@ def folder(tmp_path: Path) -> Path:
     report = {
         "after": {"validation": {"accuracy": 0.75, "loss": 0.5}},
         "settings": {"data": {"path": str(tmp_path / "secret" / "mrpc")}},
-        "command": "slicefine train --config recipes/mrpc.yaml",
+        "command": f"slicefine train --config recipes/mrpc.yaml --model.path {tmp_path}/base",
         "versions": {"slicefine": "0.2.0"},
         "device": "cpu",
     }
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(report))
     (tmp_path / "rows").mkdir()
+    for name in (".env", "optimizer.pt", "training_args.bin"):
+        (tmp_path / "run" / "adapter" / name).write_text("secret")
     run = {"model": {"path": str(tmp_path / "base")}, "data": {"path": str(tmp_path / "rows")}, "adapter": True}
     (tmp_path / "run" / "adapter" / "slicefine_run.json").write_text(json.dumps(run))
     return tmp_path / "run" / "adapter"
@@ -83,13 +85,14 @@ def test_what_is_published_loads_by_its_name(tmp_path: Path, folder: Path):
     assert torch.equal(torch.load(tmp_path / "out"), torch.load(tmp_path / "logits"))
     assert torch.load(tmp_path / "out").shape[:2] == IDS.shape
     assert not any(str(tmp_path).encode() in content for content in files.values())  # no folder of this machine
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", "slicefine_run.json"}
     card = files["README.md"].decode()
     meta = yaml.safe_load(card.split("---")[1])
     assert meta["license"] == "apache-2.0"
     assert meta["base_model"] == "them/tiny-llama"
     (result,) = meta["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in result["metrics"]} == {"accuracy": 0.75, "loss": 0.5}
-    assert "slicefine train --config recipes/mrpc.yaml" in card
+    assert "slicefine train --config recipes/mrpc.yaml --model.path base\n" in card
     assert "import slicefine" in card
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "them/tiny-llama"
     assert read_adapter(folder).config["base_model_name_or_path"] == str(tmp_path / "base")  # ours stays
@@ -100,6 +103,8 @@ def test_refusals_are_sentences(tmp_path: Path, folder: Path):
         push(folder, "slices")
     with pytest.raises(ConfigError, match=r"its base model is '.*base', which nobody else can find"):
         push(folder, "me/slices")
+    (folder.parent / "metrics.json").write_text('{"after": {}, "settings": {"data": 5}}')
+    assert "## Metrics" not in model_card(read_adapter(folder), "gpt2", "me/slices")
     code = f"from slicefine.files.hub import push; push({str(folder)!r}, 'me/slices', base='them/tiny')"
     with running_hub() as hub:
         hub.refuse = True

@@ -47,15 +47,17 @@ def test_values_go_with_the_visit_of_their_step():
     tuner.mover.note(2, loss=4.0)  # of the first visit: steps 1 and 2
     tuner.mover.note(3, loss=3.0)
     tuner.mover.note(4, loss=2.0)  # the last one of a visit counts
-    assert tuner.mover.progress == [{"loss": 4.0}, {"loss": 2.0}, {"loss": 1.5}]
+    tuner.mover.note(9, loss=9.0)  # of no step that the weights know
+    noted = [{"step": 2.0, "loss": 4.0}, {"step": 4.0, "loss": 2.0}, {"step": 5.0, "loss": 1.5}]
+    assert tuner.mover.progress == noted
     tuner.undo()
-    assert tuner.mover.progress == [{"loss": 4.0}, {"loss": 2.0}]
+    assert tuner.mover.progress == noted[:2]
 
 
 def test_progress_survives_a_file(tmp_path: Path):
     folder(tmp_path)
     saved = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["progress"]
-    assert saved[:3] == [{"loss": 3.0 - n, "eval_accuracy": 0.25 * n} for n in range(3)]
+    assert saved[:3] == [{"step": 2.0 * n + 2, "loss": 3.0 - n, "eval_accuracy": 0.25 * n} for n in range(3)]
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "a")
     assert movers_of(loaded)[0].progress == saved
     model = mlp()
@@ -64,7 +66,7 @@ def test_progress_survives_a_file(tmp_path: Path):
     tuner.save(tmp_path / "s.safetensors")
     other = attach(mlp(), mode="row", r=2, interval=2)
     other.load(tmp_path / "s.safetensors")
-    assert other.mover.progress == [{"loss": 0.5}]
+    assert other.mover.progress == [{"step": 0.0, "loss": 0.5}]
 
 
 @pytest.mark.parametrize("progress", [5, [5], [{"loss": "low"}], {"loss": 1}])
@@ -141,8 +143,27 @@ def test_a_trainer_notes_what_it_logs_also_when_it_resumes(tmp_path: Path):
     whole.train()
     progress = movers_of(whole.model)[0].progress
     assert len(progress) == 3
-    assert all(entry.keys() == {"loss", "eval_loss"} for entry in progress)
+    assert all(entry.keys() == {"step", "loss", "eval_loss"} for entry in progress)
     resumed = trainer(6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert movers_of(resumed.model)[0].progress == progress
     assert isinstance(whole.model, nn.Module)
+
+
+def test_notes_of_steps_that_were_taken_back_are_left_out(tmp_path: Path):
+    """A best checkpoint is restored: what was noted later belongs to other weights."""
+    tuner = attach(mlp(), mode="row", r=2, interval=2)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for x, y in batches(1):
+        step(tuner.model, optimizer, x, y)
+    tuner.mover.note(loss=3.0)
+    best = {k: v.clone() for k, v in tuner.model.state_dict().items()}
+    for x, y in batches(3):
+        step(tuner.model, optimizer, x, y)
+    tuner.mover.note(2, loss=2.0)
+    tuner.mover.note(4, loss=1.0)
+    tuner.model.load_state_dict(best)
+    assert tuner.mover.step == 1
+    assert tuner.mover.sound_progress() == [{}]
+    tuner.mover.note(4, loss=0.0)
+    assert tuner.mover.progress[0]["loss"] == 2.0

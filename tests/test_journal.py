@@ -270,3 +270,28 @@ def test_impossible_entries_are_refused(entry):
 def test_tables_of_another_form_are_refused(table):
     with pytest.raises(AdapterFileError, match=r"expected an integer tensor of shape \(visits, 6\), got torch"):
         read_table(table)
+
+
+def test_a_smaller_history_keeps_the_last_visits_of_a_file():
+    weight = base_weight()
+    base, journal, stages = weight.clone(), Journal(history=8), []
+    for number, block in enumerate([BLOCKS[0], BLOCKS[3], BLOCKS[2], BLOCKS[4], BLOCKS[1]]):
+        stages.append(weight.clone())
+        write_block(weight, block, journal.begin(weight, block) + number + 1)
+        journal.count_step()
+    tensors = pack(journal, weight)
+    values = unpack(tensors, dict(journal.trained(weight))[journal.active], SHAPE, "fc")
+    for history in (0, 1, 2, 8):
+        rebuilt, other = base.clone(), Journal(history)
+        other.load(tensors["journal"], values, tensors.get("before"))
+        other.apply(rebuilt)
+        again = pack(other, rebuilt)
+        unpack(again, dict(other.trained(rebuilt))[other.active], SHAPE, "fc")  # its own file is readable
+        for moves in range(1, min(history, 4) + 1):
+            other.undo(rebuilt)
+            assert torch.equal(rebuilt, stages[-moves])
+        if history < 4:
+            visits = list(other.visits)
+            with pytest.raises(UnsupportedError, match="the history holds"):
+                other.undo(rebuilt)
+            assert other.visits == visits

@@ -149,3 +149,15 @@ def test_an_adapter_of_peft_alone_needs_no_run_file(tmp_path: Path):
     assert main(["merge", "--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "m")]) == 0
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "a")
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "m"), IDS), logits(loaded, IDS))
+
+
+def test_a_folder_with_two_forms_of_the_weights_is_merged_in_the_one_that_loads(tmp_path: Path):
+    model = trained(tmp_path, llama)
+    llama(seed=1).save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    for file in (tmp_path / "shards").glob("model*"):
+        file.rename(tmp_path / "base" / file.name)
+    save_file({"x": torch.zeros(2)}, tmp_path / "base" / "consolidated.safetensors")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
+    assert main(["merge", "--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "m")]) == 0
+    assert [file.name for file in (tmp_path / "m").glob("*.safetensors*")] == ["model.safetensors"]
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "m")), logits(model))

@@ -16,11 +16,12 @@ from torch.testing import assert_close
 from core_helpers import batches, mlp, slice_mask, step
 from peft_helpers import THIRD_PARTY, config, gpt2, llama, train
 from slicefine import SliceFineConfig, attach
-from slicefine.errors import ConfigError
+from slicefine.errors import AdapterFileError, ConfigError
 from slicefine.files.adapter import read_adapter, write_adapter
 from slicefine.files.checkpoint import Checkpoint
 from slicefine.files.compose import compose
 from slicefine.geometry import Slice, covered
+from slicefine.mover import movers_of
 from slicefine.reference import ReferenceSliceLinear
 from slicefine.schedule import Schedule, fixed_entries, own_starts, slice_at
 from slicefine.training.counts import model_touched, touched_entries
@@ -312,3 +313,106 @@ def test_counts_are_of_entries_that_change(mode):
             assert sum(int((layer.weight != base[name]).sum()) for name, layer in tuner.layers.items()) == expected
     changed = sum(int((layer.weight != base[name]).sum()) for name, layer in tuner.layers.items())
     assert changed == model_touched(model)
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["in place", "additive"])
+def test_writes_past_the_optimizer_leave_reserved_entries_alone(additive):
+    model = mlp()
+    tuner = attach(model, r=2, mode="row", interval=9, reserve=RESERVED, additive=additive)
+    before = {name: layer.weight.clone() for name, layer in tuner.layers.items()}
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            parameter.add_(1.0)
+    model(batches(1)[0][0])
+    for name, layer in tuner.layers.items():
+        layer.fold()
+        owned = dense(RESERVED[name], layer.shape)
+        assert torch.equal(layer.weight[owned], before[name][owned])
+        assert not torch.equal(layer.weight, before[name])
+
+
+def stacked_pair(tmp_path: Path, dtype=torch.float32):
+    """Adapter a, and adapter b trained on the base with a merged into it, out of a's way; both folders."""
+    llama(dtype).save_pretrained(tmp_path / "base")
+    first = get_peft_model(llama(dtype), config(target_modules=["q_proj"]))
+    train(first, 5)
+    first.save_pretrained(tmp_path / "a")
+    second = get_peft_model(first.merge_and_unload(), config(target_modules=["q_proj"], reserve=[str(tmp_path / "a")]))
+    train(second, 5)
+    second.save_pretrained(tmp_path / "b")
+    return {n: p.clone() for n, p in second.merge_and_unload().state_dict().items() if "q_proj" in n}
+
+
+def test_the_first_tasks_change_counts_once_when_both_are_active(tmp_path: Path):
+    wanted = stacked_pair(tmp_path)
+    model = PeftModel.from_pretrained(llama(), tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "b", adapter_name="b")
+    model.base_model.set_adapter(["a", "b"], inference_mode=True)
+    found = {n: p for n, p in model.named_parameters() if "base_layer.weight" in n}
+    for name, weight in wanted.items():
+        (key,) = (n for n in found if n.endswith(name.replace(".weight", ".base_layer.weight")))
+        assert_close(found[key], weight)
+    model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both")
+    model.set_adapter("both")
+    found = {n: p for n, p in model.named_parameters() if "base_layer.weight" in n}
+    for name, weight in wanted.items():
+        (key,) = (n for n in found if n.endswith(name.replace(".weight", ".base_layer.weight")))
+        assert_close(found[key], weight)
+
+
+def test_stacked_half_precision_adapters_compose_without_a_clash(tmp_path: Path):
+    wanted = stacked_pair(tmp_path, torch.bfloat16)
+    with Checkpoint(tmp_path / "base") as files:
+        write_adapter(compose([read_adapter(tmp_path / n) for n in "ab"], files, "refuse"), tmp_path / "both")
+    both = PeftModel.from_pretrained(llama(torch.bfloat16), tmp_path / "both").merge_and_unload().state_dict()
+    assert all(torch.equal(both[name], weight) for name, weight in wanted.items())
+
+
+def test_a_sum_of_shares_trains_like_any_adapter():
+    plain = llama()
+    model = get_peft_model(plain, config("alternate", share=[0, 2], total_steps=4, target_modules=["q_proj"]), "a")
+    train(model, 4)
+    model.add_adapter("b", config("alternate", share=[1, 2], total_steps=4, target_modules=["q_proj"]))
+    model.set_adapter("b")
+    train(model, 4)
+    model.base_model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c")
+    model.set_adapter("c")
+    (mover,) = (m for m in movers_of(model) if m.name == "c")
+    assert mover.fixed_entries() == 0
+    assert mover.active_entries() > 0
+    before = {n: p.clone() for n, p in model.named_parameters() if "base_layer.weight" in n and "q_proj" in n}
+    train(model, 5)
+    after = {n: p for n, p in model.named_parameters() if n in before}
+    assert all(not torch.equal(after[n], before[n]) for n in before)
+
+
+def test_what_leaves_nothing_to_train_is_refused():
+    layer = {"0": [Slice("row", 0, 2), Slice("column", 0, 6)]}
+    with pytest.raises(ConfigError, match="0: every entry of Slice.* belongs to other runs"):
+        attach(nn.Sequential(nn.Linear(6, 6)), r=2, mode="row", reserve=layer)
+    with pytest.raises(ConfigError, match=r"reserve, layer '0': row slice of width 9 at 0 does not fit"):
+        attach(nn.Sequential(nn.Linear(6, 6)), r=2, mode="row", reserve={"0": [Slice("row", 0, 9)]})
+    with pytest.raises(ConfigError, match=r"reserve= speaks of 'fc', ..., and none of its layers is trained here \(0"):
+        attach(nn.Sequential(nn.Linear(6, 6)), r=2, mode="row", reserve={"fc": [Slice("row", 0, 2)]})
+    for nonsense in ("folder", {"0": [["row", 0, 2]]}, {"0": 5}):
+        with pytest.raises(ConfigError, match="reserve=.*: expected {layer name"):
+            attach(nn.Sequential(nn.Linear(6, 6)), r=2, reserve=nonsense)
+
+
+def test_a_file_cannot_make_a_loader_read_other_folders(tmp_path: Path, monkeypatch):
+    model = get_peft_model(llama(), config(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"reserve": ["somebody/else"]}))
+    monkeypatch.setattr("slicefine.files.adapter._fetched", lambda name: pytest.fail(f"fetches {name}"))
+    with pytest.raises(AdapterFileError, match=r"reserves \['somebody/else'\]; a file has the slices themselves"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_where_others_train_is_looked_up_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("slicefine.layer.slices_of_others", lambda *args: calls.append(args) or [])
+    tuner = attach(mlp(), r=2, mode="row", interval=1, share=(0, 2))
+    for _ in range(2):
+        tuner.move()
+    assert len(calls) == 3  # layers

@@ -119,11 +119,11 @@ def test_where_a_layer_waited_outside_its_window_goes_with_the_visit():
         drop(Run([first, first, second], [1, 0, 1]).adapter, 0)
 
 
-def test_a_position_that_was_only_entered_holds_its_entries():
+def test_a_last_position_that_was_only_entered_holds_nothing():
     run = Run([Slice("row", 0, 2), Slice("row", 2, 2), Slice("column", 0, 1)], [1, 1, 0])
-    expected = run.value([0])
-    expected[2:4, 0] = run.trained[2:4, 0]  # the last slice was entered over them
-    assert torch.equal(run.dense(drop(run.adapter, 1)), expected)
+    dropped = drop(run.adapter, 1)
+    assert torch.equal(run.dense(dropped), run.value([0]))
+    assert len(dropped.layers["fc"].visits) == 1
 
 
 def test_the_history_limits_what_was_trained_twice_only():
@@ -159,7 +159,8 @@ def trained_folder(tmp_path: Path, moves: int = 3):
         stages.append(dense(model))
         train(model, 2 if number < moves else 1)
     model.save_pretrained(tmp_path / "a")
-    (tmp_path / "a" / "extra.txt").write_text("kept")
+    (tmp_path / "a" / "vocab.txt").write_text("kept")
+    (tmp_path / "a" / "optimizer.pt").write_text("not kept")
     return model, [*stages, dense(model)]
 
 
@@ -179,7 +180,8 @@ def test_a_folder_undone_by_the_command_is_the_model_of_then(tmp_path: Path, cap
     assert "2 positions left" in capsys.readouterr().out
     for name, weight in merged(tmp_path / "b").items():
         assert torch.equal(weight, stages[2][name])
-    assert (tmp_path / "b" / "extra.txt").read_text() == "kept"
+    assert (tmp_path / "b" / "vocab.txt").read_text() == "kept"
+    assert not (tmp_path / "b" / "optimizer.pt").exists()
     assert main([*words, "--position", "1"]) == 1
     assert "exists and is not empty" in capsys.readouterr().err
     assert main([*words, "--position", "1", "--overwrite"]) == 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .errors import AdapterFileError
 from .functional import Matrix
-from .geometry import AXES, Slice, line_length, touched
+from .geometry import AXES, Slice, line_count, line_length, touched
 from .journal import Journal, Visit, history_count, kept_counts, read_table, visit_table
 
 __all__ = ["Delta", "KINDS", "expected_shapes", "pack", "pack_values", "unpack"]
@@ -93,8 +93,8 @@ def expected_shapes(table: Tensor, shape: tuple[int, int]) -> dict[str, tuple[in
         if axis == "entries":
             count = sum(s.width for s in finished)
         else:
-            own = set(active.indices()) if active.axis == axis else set()
-            count = len([i for i in touched(finished, axis) if i not in own])
+            own = [active] if active.axis == axis else []
+            count = line_count([*finished, *own], axis) - line_count(own, axis)
         if count:
             shapes[kind] = (count,) if axis == "entries" else (count, line_length(axis, shape))
     kept = sum(count for count in kept_counts(table) if count > 0)

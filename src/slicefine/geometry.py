@@ -22,6 +22,7 @@ __all__ = [
     "block_start",
     "covered",
     "entry_indices",
+    "line_count",
     "line_length",
     "shared_entries",
     "touched",
@@ -110,6 +111,20 @@ def entry_indices(draw: Slice, shape: tuple[int, int]) -> torch.Tensor:
 def touched(slices: list[Slice], axis: str) -> list[int]:
     """Sorted distinct rows (or columns) that the slices of one axis cover."""
     return sorted({i for s in slices if s.axis == axis for i in s.indices()})
+
+
+def line_count(slices: Iterable[Slice], axis: str) -> int:
+    """How many distinct rows (or columns) the slices of one axis cover, without listing them.
+
+    Example:
+        >>> line_count([Slice("row", 0, 3), Slice("row", 2, 2), Slice("column", 0, 9)], "row")
+        4
+    """
+    count, reached = 0, 0
+    for start, end in sorted((s.start, s.start + s.width) for s in slices if s.axis == axis):
+        count += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return count
 
 
 def shared_entries(a: Slice, b: Slice) -> tuple[slice, slice] | None:

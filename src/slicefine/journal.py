@@ -110,11 +110,13 @@ class Journal:
                 not applied (then the weight holds the originals, which an undo must not touch).
         """
         self.check_undo()
-        last, before = self.visits.pop(), self._before.pop()
-        slices = self.slices()
+        last, before = self.visits[-1], self._before[-1]
+        slices = list(dict.fromkeys(visit.slice for visit in self.visits[:-1]))
         if before.dim() == 1:
             before = self._whole(last, before, slices, weight)
         write_block(weight, last.slice, before)
+        self.visits.pop()
+        self._before.pop()
         if last.slice not in slices:
             self._originals.pop(last.slice)
 
@@ -221,7 +223,7 @@ class Journal:
         self._before.clear()
         self.applied = False
         for part in reversed(split_history(table, before)):
-            if part is None:
+            if part is None or len(self._before) == self.reach:  # the oldest are those to do without
                 break
             self._before.appendleft(part.cpu())
         last = self.visits[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -25,10 +26,10 @@ from .functional import (
     track_slice,
     write_block,
 )
-from .geometry import Slice, line_length
+from .geometry import Slice, covered, line_length
 from .journal import visit_table
 from .packed import PackedDelta
-from .schedule import Schedule, check_positions, fixed_entries, slice_at
+from .schedule import Schedule, check_positions, fixed_entries, slice_at, slices_of_others
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .window import Place
@@ -197,12 +198,33 @@ class SliceLinear(nn.Module):
         if len(names) == 1:
             self.states[names[0]].journal.apply(weight)
         else:
-            deltas = {name: self.states[name].journal.deltas(weight) for name in names}
+            deltas = {name: self.deltas(name, weight) for name in names}
             for name in names:
                 self.states[name].journal.add(weight, deltas[name])
         if self.packed is not None and not names:
             self.packed.clear()  # zeros only
         self._order = names  # so that reverting in reverse restores every entry
+
+    def deltas(self, name: str, weight: Matrix) -> list[tuple[Slice, Tensor]]:
+        """``(slice, trained - original)`` of an adapter that is not applied; what belongs to others does not count.
+
+        An adapter that was trained on top of another carries the other's values where their lines cross.
+        """
+        state = self.states[name]
+        result = state.journal.deltas(weight)
+        for block, delta in result:
+            fixed = self._fixed(state, block)
+            if fixed is not None:
+                delta[fixed.to(delta.device)] = 0
+        return result
+
+    def _fixed(self, state: AdapterState, block: Slice) -> Tensor | None:
+        """Entries of a block that belong to other runs; where those are does not change, so it is looked up once."""
+        if not state.schedule.reserve and state.schedule.share is None:
+            return None
+        if state.others is None:
+            state.others = slices_of_others(state.schedule, self.shape, state.layer_name)
+        return covered(block, state.others, self.shape)
 
     def fold(self) -> None:
         """Add what lies beside the weight to it; rounding makes this final."""
@@ -254,8 +276,7 @@ class SliceLinear(nn.Module):
 
     def fixed_entries(self, name: str) -> int:
         """Entries of adapter ``name``'s slice that belong to other runs and stay as they are."""
-        fixed = self.states[name].fixed
-        return 0 if fixed is None else int(fixed.sum())
+        return self.states[name].crossings
 
     def cast_active(self, name: str, dtype: torch.dtype) -> None:
         """Keep adapter ``name``'s parameter in ``dtype`` from now on (a new parameter, as PEFT's own casts make)."""
@@ -272,6 +293,12 @@ class SliceLinear(nn.Module):
         block.check(self.shape, where)
         lines = 1 if block.axis == "entries" else block.width
         length = block.width if block.axis == "entries" else line_length(block.axis, self.shape)
+        fixed = self._fixed(self.states[name], block)
+        if fixed is not None and bool(fixed.all()):
+            raise ConfigError(
+                f"{where}: every entry of {block} belongs to other runs (reserve=, share=), so there is nothing to "
+                "train. Choose other positions, or leave the layer out (exclude_modules)."
+            )
         room = tuple(self.slicefine_active[name].shape)
         if lines > room[0] or length > room[1] or (block.axis == "entries" and (lines, length) != room):
             raise ConfigError(
@@ -334,9 +361,10 @@ class SliceLinear(nn.Module):
         state.views = ()
         state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
         state.axis = state.journal.active.axis
-        fixed = fixed_entries(state.schedule, state.journal.active, self.shape, state.layer_name)
+        fixed = self._fixed(state, state.journal.active)
         if fixed is not None:
             room = self.slicefine_active[name].shape
+            state.crossings = int(fixed.sum())
             state.fixed = pad_block(fixed, room).to(self._base_weight.device)
 
     # -- keeping the weight in step with the parameter ------------------------------------------------------------
@@ -380,10 +408,21 @@ class SliceLinear(nn.Module):
         if len(self.applied) > 1:  # the weight holds their sum: add them up anew
             with self.reverted():
                 return
+        self.restore_fixed(name)
         write_block(self.dense(), state.journal.active, self.block(name), state.index)
         if state.previous is not None:
             state.previous.copy_(self.slicefine_active[name].detach())
         self.mark_synced(name)
+
+    def restore_fixed(self, name: str) -> None:
+        """Take the values of entries that belong to others back from the weight, whatever wrote to the parameter."""
+        state = self.states[name]
+        if state.fixed is None or state.crossings == 0:
+            return
+        with torch.no_grad():
+            block = self.block(name)
+            fixed = state.fixed[: block.shape[0], : block.shape[1]]
+            block.copy_(torch.where(fixed, read_block(self.dense(), state.journal.active).to(block.dtype), block))
 
     def settle(self, name: str) -> None:
         """Finish what had to wait: a base weight without values, a file's tensors, a parameter written elsewhere."""
@@ -414,10 +453,11 @@ class SliceLinear(nn.Module):
     def combine(self, name: str, parts: dict[str, float]) -> None:
         """Add adapter ``name`` with the weighted sum of other adapters' deltas (same schedule), not applied."""
         first = self.states[next(iter(parts))]
-        self.add_slice(name, first.schedule, first.layer_name)
+        alone = replace(first.schedule, reserve={}, share=None, share_visits=None)  # the sum keeps out of nobody's way
+        self.add_slice(name, alone, first.layer_name)
         journals = [self.states[part].journal for part in parts]
         with self.reverted() as weight:
-            deltas = [journal.deltas(weight) for journal in journals]
+            deltas = [self.deltas(part, weight) for part in parts]
             for journal, delta, scale in zip(journals, deltas, parts.values(), strict=True):
                 journal.add(weight, delta, scale)
             slices = list(dict.fromkeys(s for journal in journals for s in journal.slices()))

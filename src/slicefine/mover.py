@@ -210,10 +210,16 @@ class Mover:
         """
         visits = next((state.journal.visits for _, state in self._pairs()), [])
         total = self.step if step is None else self.run_start + step
+        if total > self.step:  # the weights are those of an earlier step again (the best checkpoint's)
+            return
         starts = [visit.first_step for visit in visits]
         number = max((i for i, first in enumerate(starts) if first <= total), default=0)
         self.progress += [{} for _ in range(number + 1 - len(self.progress))]
-        self.progress[number] |= {name: float(value) for name, value in values.items()}
+        self.progress[number] |= {"step": float(total), **{name: float(value) for name, value in values.items()}}
+
+    def sound_progress(self) -> list[dict[str, float]]:
+        """`progress` without what was noted after the step that the weights are of (a best checkpoint was restored)."""
+        return [entry if entry.get("step", 0) <= self.step else {} for entry in self.progress[: self.visits]]
 
     def move(self, to: Mapping[str, Slice] | None = None) -> None:
         """Freeze the active slices and go on to the next ones (or to ``to``, by layer name)."""
@@ -297,10 +303,8 @@ class Mover:
             if views is None:
                 entry.layer._sync(self.name)
             else:
-                if entry.state.fixed is not None:  # others' entries: neither decay nor momentum moves them
-                    lines, length = views[1].shape
-                    fixed = entry.state.fixed[:lines, :length]
-                    views[1].copy_(torch.where(fixed, views[0].to(views[1].dtype), views[1]))
+                if entry.state.crossings:  # others' entries: neither decay nor momentum moves them
+                    entry.layer.restore_fixed(self.name)
                 targets.append(views[0])
                 values.append(views[1])
         if targets:

@@ -102,6 +102,11 @@ class Schedule:
 
     def _check_others(self) -> None:
         """Raise `ConfigError` where positions cannot be kept apart from those of other runs."""
+        if not isinstance(self.reserve, Mapping) or not all(
+            isinstance(blocks, Sequence) and all(isinstance(block, Slice) for block in blocks)
+            for blocks in self.reserve.values()
+        ):
+            raise ConfigError(f"reserve={self.reserve!r}: expected {{layer name: [Slice(axis, start, width), ...]}}.")
         if self.mode == "random_mask" and (self.reserve or self.share is not None):
             raise ConfigError("mode='random_mask' draws entries all over the matrix; reserve= and share= need slices.")
         if self.share is None:
@@ -227,12 +232,15 @@ def slices_of_others(schedule: Schedule, shape: tuple[int, int], layer: str = ""
     if schedule.share is None:
         return list(found)
     own, parts = schedule.share
+    # after one cycle of each orientation the same slices come again
+    cycle = 2 * max(len(own_starts(schedule, axis, shape, layer)) + 1 for axis in {schedule.axis(0), schedule.axis(1)})
+    planned = schedule.share_visits
     for number in range(parts):
         if number == own:
             continue
         other = replace(schedule, share=(number, parts))
-        if schedule.share_visits is not None:
-            found |= dict.fromkeys(slice_at(other, visit, shape, layer) for visit in range(schedule.share_visits))
+        if planned is not None:
+            found |= dict.fromkeys(slice_at(other, visit, shape, layer) for visit in range(min(planned, cycle)))
         else:  # one orientation: everything of theirs
             axis = schedule.axis(0)
             width = min(schedule.rank(axis), shape[AXES.index(axis)])
@@ -274,6 +282,8 @@ def given_starts(schedule: Schedule, axis: str, layer: str = "") -> Sequence[int
 
 def check_positions(schedule: Schedule, shape: tuple[int, int], layer: str = "") -> None:
     """Raise `ConfigError` if a start in the user's list lies outside the matrix: at once, not when its turn comes."""
+    for block in schedule.reserve.get(layer, ()):
+        block.check(shape, f"reserve, layer {layer!r}")
     for axis in {schedule.axis(0), schedule.axis(1)} - {"entries"} if not callable(schedule.positions) else ():
         width = min(schedule.rank(axis), shape[AXES.index(axis)])
         for start in given_starts(schedule, axis, layer) or ():

@@ -66,7 +66,7 @@ def read_sample(facts: Mapping[str, Any], shape: tuple[int, int], layer: str) ->
         for entry in facts.get("sample", ()):
             row, column, value = entry
             found.append(SampledEntry(int(row), int(column), float(value)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"{layer}: the file's sample of the base's weight is corrupt ({error}).") from error
     if not all(0 <= entry.row < shape[0] and 0 <= entry.column < shape[1] for entry in found):
         raise AdapterFileError(
@@ -90,6 +90,8 @@ class AdapterState:
         self.journal = Journal(history)
         self.index = torch.empty(0, dtype=torch.int64)
         self.fixed: Tensor | None = None  # entries of the parameter that belong to others (`fixed_entries`), padded
+        self.crossings = 0  # how many those are
+        self.others: list[Slice] | None = None  # where other runs train (`slices_of_others`)
         self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
         self.stamp = new_stamp()
         self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has

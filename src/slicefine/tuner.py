@@ -83,7 +83,7 @@ class SliceTuner:
         result: Delta = {}
         for name, layer in self.layers.items():
             with layer.reverted() as weight:
-                result[name] = layer.states[_NAME].journal.deltas(weight)
+                result[name] = layer.deltas(_NAME, weight)
         return result
 
     def slices(self) -> dict[str, list[Slice]]:
@@ -111,7 +111,7 @@ class SliceTuner:
             for kind, tensor in file_tensors(layer, _NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
             tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
-        header = {"version": 2, "additive": self.additive, "progress": self.mover.progress}
+        header = {"version": 2, "additive": self.additive, "progress": self.mover.sound_progress()}
         metadata = {"format": "pt", "slicefine": json.dumps(header)}
         target = Path(path)
         aside = target.with_name(target.name + ".partial")
@@ -146,11 +146,12 @@ class SliceTuner:
         for key, tensor in tensors.items():
             name, _, kind = key.rpartition(".slicefine_")
             own[name][kind] = tensor
+        progress = check_progress(header.get("progress"), str(path))
         for name, layer in self.layers.items():  # all of them are checked before the first one changes
             check_tensors(layer, _NAME, own[name])
         for name, layer in self.layers.items():
             load_tensors(layer, _NAME, own[name])
-        self.mover.progress = check_progress(header.get("progress"), str(path))
+        self.mover.progress = progress
 
 
 def attach(
@@ -208,6 +209,8 @@ def attach(
     """
     row, column = (r if rank is None else rank for rank in (r_row, r_column))
     settings = MoveSettings(**moves, window=make_window(window, window_order, window_dwell, seed))
+    if not isinstance(history, int) or isinstance(history, bool) or history < 0:
+        raise ConfigError(f"history={history!r} must be an integer of at least 0.")
     schedule = Schedule(
         mode, row, column, positions, mask_fraction, seed, reserve or {}, share, share_visits(mode, share, settings)
     )
@@ -218,6 +221,11 @@ def attach(
     names = match_layers(model, target_modules, exclude_modules)
     if settings.window is not None:
         places(settings.window, names)  # refused before anything changes
+    if schedule.reserve and set(schedule.reserve).isdisjoint(names):
+        raise ConfigError(
+            f"attach: reserve= speaks of {next(iter(schedule.reserve))!r}, ..., and none of its layers is trained here "
+            f"({names[0]}, ...)."
+        )
     layers = {}
     clamped: dict[str, int] = {}
     for name in names:

@@ -29,6 +29,21 @@ __all__ = ["CONFIG", "WEIGHTS", "Adapter", "LayerFile", "owned_slices", "read_ad
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_LARGEST = 2**33  # entries of a matrix; what is larger is no weight
+# what may lie beside an adapter: how to prepare its input, and what `slicefine eval` needs
+BESIDE = frozenset(
+    {
+        *(
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+        ),
+        *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+        *("preprocessor_config.json", "processor_config.json", "slicefine_run.json", "README.md"),
+    }
+)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MARK = ".slicefine_"
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -105,6 +120,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             else:
                 tensors.setdefault(name.removeprefix(_PREFIX), {})[kind] = file.get_tensor(key)
     weights = config.get("weights") or {}
+    if not isinstance(weights, dict):
+        raise AdapterFileError(f"{path / CONFIG}: what it says of the weights makes no sense; the file is corrupt.")
     layers = {}
     for name, own in tensors.items():
         facts = weights.get(name)
@@ -141,7 +158,7 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
         tensors |= {f"{_PREFIX}{name}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
         for file in () if beside is None else sorted(beside.iterdir()):
-            if file.is_file() and file.name not in (CONFIG, WEIGHTS):
+            if file.is_file() and file.name in BESIDE:
                 shutil.copyfile(file, aside / file.name)
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -167,7 +184,7 @@ def owned_slices(reserve: Any) -> dict[str, list[list[Any]]] | None:
                 if not all(s.axis in AXES[:2] and s.start >= 0 and s.width > 0 for s in made):
                     raise ValueError(f"{layer}: {blocks}")
                 result[str(layer)] = [list(block) for block in made]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
                 f"reserve: expected folders of adapters, or {{layer: [[axis, start, width], ...]}} ({error})."
             ) from error
@@ -199,6 +216,11 @@ def find_adapter(folder: str | Path) -> Path:
     return path
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -207,7 +229,7 @@ def _fetched(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS, "*.txt", "*.model", "README.md"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterFileError(
-            f"{name}: no such folder, and the hub does not give it ({str(error).strip().splitlines()[0]}). Give the "
+            f"{name}: no such folder, and the hub does not give it ({first_line(error)}). Give the "
             "folder of an adapter, or its name on the hub."
         ) from error
 
@@ -251,9 +273,11 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
             raise AdapterFileError(f"{file}: layer {name} has no {kind} tensor; the file is incomplete.")
     try:
         rows, columns = (int(size) for size in facts["shape"])
+        if not (rows > 0 and columns > 0 and rows * columns <= _LARGEST):
+            raise ValueError(f"a matrix of {rows} x {columns}")
         transposed = bool(facts["transposed"])
         dtype = _DTYPES[facts["dtype"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
     values = unpack(tensors, tensors["active"], (rows, columns), name)
     visits = read_table(tensors["journal"])

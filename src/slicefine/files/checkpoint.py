@@ -15,7 +15,7 @@ from ..errors import AdapterFileError
 from ..functional import read_block
 from ..geometry import Slice
 from ..state import same_base
-from .adapter import Adapter, LayerFile
+from .adapter import Adapter, LayerFile, first_line
 
 __all__ = ["Checkpoint", "find_checkpoint"]
 
@@ -48,7 +48,7 @@ def find_checkpoint(adapter: Adapter, model: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterFileError(
-            f"base model {name!r}: no such folder, and the hub does not give it ({str(error).splitlines()[0]}). Name "
+            f"base model {name!r}: no such folder, and the hub does not give it ({first_line(error)}). Name "
             "the folder where its weights are (--model)."
         ) from error
 
@@ -141,7 +141,7 @@ class Checkpoint:
 
     def _read_index(self) -> dict[str, str]:
         index = self.folder / _INDEX
-        if index.is_file():
+        if index.is_file() and not (self.folder / _SINGLE).is_file():  # transformers prefers the single file, too
             try:
                 weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 names = {str(key): str(name) for key, name in weights.items()}

@@ -171,7 +171,7 @@ def _layer(name: str, parts: list[tuple[LayerFile, float]], base: Checkpoint, po
         plain = originals[block].to(result.dtype)
         values = [matrix.read(block) for matrix in matrices]
         changed = torch.stack([value != plain for value in values])
-        several = _disagreed(values, changed)
+        several = _disagreed([value.to(first.dtype).to(value.dtype) for value in values], changed)
         result.write(block, _resolved(plain, values, changed, several, policy, [share for _, share in parts]))
         clashes.write(block, several.to(clashes.dtype))
     merged = {block: result.read(block) for block in blocks}

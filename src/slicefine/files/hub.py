@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .adapter import CONFIG, HUB_NAME, WEIGHTS, Adapter, read_adapter
+from .adapter import BESIDE, CONFIG, HUB_NAME, WEIGHTS, Adapter, first_line, read_adapter
 
 __all__ = ["model_card", "push"]
 
 _RUN_FILE = "slicefine_run.json"
+_BASE_NAME = re.compile(r"([\w.-]+/)?[\w.-]+")  # old models have no user before their name
+_PATH = re.compile(r"(?<![\w.])[~/](?:[^\s/]*/)+([^\s/]+)")  # a folder of this machine, but for its last part
 
 
 def push(
@@ -52,7 +55,7 @@ def push(
         raise ConfigError(f"repository={repository!r}: expected user/name.")
     adapter = read_adapter(folder)
     name = base or adapter.config.get("base_model_name_or_path")
-    if not name or not HUB_NAME.fullmatch(str(name)) or Path(str(name)).exists():
+    if not name or not _BASE_NAME.fullmatch(str(name)) or (base is None and Path(str(name)).exists()):
         raise ConfigError(
             f"{adapter.folder}: its base model is {name!r}, which nobody else can find. Say its name on the hub "
             "(--base user/name)."
@@ -60,7 +63,10 @@ def push(
     api = HfApi(endpoint=endpoint)
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "adapter"
-        shutil.copytree(adapter.folder, copy)
+        copy.mkdir()
+        for file in sorted(adapter.folder.iterdir()):  # not everything: a folder may hold a trainer's state, or secrets
+            if file.is_file() and file.name in (CONFIG, WEIGHTS, *BESIDE):
+                shutil.copyfile(file, copy / file.name)
         _rename_base(copy, str(name))
         card = model_card(adapter, str(name), repository, license)
         (copy / "README.md").write_text(card, encoding="utf-8")
@@ -70,7 +76,7 @@ def push(
                 repo_id=repository, folder_path=copy, commit_message="Upload a SliceFine adapter"
             )
         except Exception as error:  # its releases differ in the HTTP client, and so in what is raised
-            raise ConfigError(f"repository={repository!r}: the hub does not take it ({_first_line(error)}).") from error
+            raise ConfigError(f"repository={repository!r}: the hub does not take it ({first_line(error)}).") from error
     return str(commit.commit_url)
 
 
@@ -83,7 +89,8 @@ def model_card(adapter: Adapter, base: str, repository: str, license: str | None
 
     report = _report(adapter.folder)
     metrics = _metrics(report)
-    data = str(report.get("settings", {}).get("data", {}).get("path", "unknown"))
+    settings = report.get("settings", {}).get("data")
+    data = str(settings.get("path", "unknown")) if isinstance(settings, dict) else "unknown"
     results = [
         EvalResult(
             task_type="text-classification" if adapter.config.get("task_type") == "SEQ_CLS" else "text-generation",
@@ -130,7 +137,8 @@ def model_card(adapter: Adapter, base: str, repository: str, license: str | None
         lines += ["## Metrics", "\n".join(table)]
     if "command" in report:
         versions = ", ".join(f"{k} {v}" for k, v in report.get("versions", {}).items())
-        lines += ["## Training", f"```\n{report['command']}\n```", f"{report.get('device', '')}; {versions}"]
+        command = _PATH.sub(r"\1", str(report["command"]))
+        lines += ["## Training", f"```\n{command}\n```", f"{report.get('device', '')}; {versions}"]
     lines += [
         "## Use",
         "```python\n"
@@ -170,12 +178,8 @@ def _rename_base(folder: Path, base: str) -> None:
     file = folder / _RUN_FILE
     if file.is_file():
         run = json.loads(file.read_text(encoding="utf-8"))
-        run["model"]["path"] = base
-        data = run.get("data", {})
+        model, data = (run.get(part) if isinstance(run.get(part), dict) else {} for part in ("model", "data"))
+        model["path"] = base
         if Path(str(data.get("path", ""))).is_absolute():  # a folder of this machine
             data["path"] = Path(data["path"]).name
         file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

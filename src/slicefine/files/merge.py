@@ -129,7 +129,7 @@ def merge_files(adapter: Adapter, base: Checkpoint, target: Path) -> list[str]:
     rounded = set()
     with atomic_folder(target) as aside:
         for file in sorted(base.folder.iterdir()):
-            if file.is_file() and file.suffix not in _SKIPPED:
+            if file.is_file() and _belongs(file.name, base.files()):
                 shutil.copyfile(file, aside / file.name)
         places: dict[str, StoredTensor] = {}
         for file_name in base.files():
@@ -149,6 +149,15 @@ def merge_files(adapter: Adapter, base: Checkpoint, target: Path) -> list[str]:
                 )
             place.write_all(tensor)
     return sorted(rounded)
+
+
+def _belongs(name: str, weights: list[str]) -> bool:
+    """Whether a file of the base's folder goes along: not weights that are left unpatched, nor what lists them."""
+    if name.endswith(".safetensors"):
+        return name in weights
+    if name.endswith(".index.json"):
+        return len(weights) > 1
+    return not name.endswith(_SKIPPED)
 
 
 def _place(places: dict[str, StoredTensor], key: str, base: Checkpoint) -> StoredTensor:

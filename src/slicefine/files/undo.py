@@ -11,6 +11,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..functional import read_block, write_block
 from ..geometry import Slice, covered
 from ..journal import Visit
+from ..mover import check_progress
 from .adapter import Adapter, LayerFile
 
 __all__ = ["drop", "undo"]
@@ -37,7 +38,8 @@ def undo(adapter: Adapter, moves: int = 1) -> Adapter:
 def drop(adapter: Adapter, visit: int) -> Adapter:
     """The adapter without one visit: what only that visit trained has the value from before it.
 
-    Entries of later visits, too, keep their values: the later visits built on them.
+    Entries of later visits, too, keep their values: the later visits built on them. A last visit that was only entered,
+    without a step, goes with it.
 
     Args:
         adapter: the slices.
@@ -52,12 +54,18 @@ def drop(adapter: Adapter, visit: int) -> Adapter:
         raise ConfigError(f"undo: {adapter.folder} has one visit, and without it nothing is left; delete the adapter.")
     if not 0 <= visit < count:
         raise ConfigError(f"undo: {adapter.folder} has {count} visits; there is no number {visit + 1}.")
-    progress = adapter.config.get("progress")
+    if visit < count - 1 and not any(_stepped(layer.visits[-1]) for layer in adapter.layers.values()):
+        adapter = drop(adapter, count - 1)  # it was only entered, and would hold what the visit to drop trained
+    progress = check_progress(adapter.config.get("progress"), str(adapter.folder))
     config = dict(adapter.config)
     if progress:
         config["progress"] = [entry for i, entry in enumerate(progress) if i != visit]
     layers = {name: _without(name, layer, visit) for name, layer in adapter.layers.items()}
     return replace(adapter, config=config, layers=layers)
+
+
+def _stepped(visit: Visit) -> bool:
+    return visit.last_step >= visit.first_step
 
 
 def _visits(adapter: Adapter) -> int:

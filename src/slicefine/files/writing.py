@@ -17,12 +17,18 @@ __all__ = ["atomic_folder", "check_target"]
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling to write into; it takes the target's place when all went well, or vanishes.
 
+    Raises:
+        ConfigError: if nothing can be written there.
+
     Example:
         >>> with atomic_folder(Path("out/adapter")) as folder:  # doctest: +SKIP
         ...     model.save_pretrained(folder)
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error}). Choose a folder that can be.") from error
     try:
         aside.chmod(0o755)
         yield aside

@@ -142,6 +142,8 @@ class SliceFineConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        if not isinstance(self.history, int) or isinstance(self.history, bool) or self.history < 0:
+            raise ConfigError(f"history={self.history!r} must be an integer of at least 0.")
         if self.save_values not in ("master", "base"):
             raise ConfigError(f"save_values={self.save_values!r} is unknown; expected master or base.")
         self.reserve = owned_slices(self.reserve)
@@ -156,15 +158,26 @@ class SliceFineConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("`layers_pattern` needs `layers_to_transform`: say which of those layers to train.")
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's, of a configuration that comes from a file: it names no folders to read."""
+        if not isinstance(kwargs.get("reserve"), (dict, type(None))):
+            raise AdapterFileError(
+                f"the adapter's configuration reserves {kwargs['reserve']!r}; a file has the slices themselves. It is "
+                "corrupt."
+            )
+        result: dict[str, Any] = super().check_kwargs(**kwargs)  # type: ignore[no-untyped-call]
+        return result
+
     def schedule(self, rank: int | None = None) -> Schedule:
         """The pure schedule of these settings; ``rank`` replaces every rank (for `rank_pattern`)."""
         row = rank if rank is not None else self.r_row if self.r_row is not None else self.r
         column = rank if rank is not None else self.r_column if self.r_column is not None else self.r
         positions = tuple(self.positions) if isinstance(self.positions, list) else self.positions
         reserve = {layer: [Slice(*block) for block in blocks] for layer, blocks in (self.reserve or {}).items()}
-        share = None if self.share is None else tuple(self.share)
-        if share is not None and len(share) != 2:
+        if self.share is not None and not (isinstance(self.share, (list, tuple)) and len(self.share) == 2):
             raise ConfigError(f"share={self.share!r}: expected [i, n]: part i of n, counted from 0.")
+        share = None if self.share is None else (self.share[0], self.share[1])
         visits = share_visits(self.mode, share, self.move_settings())
         return Schedule(self.mode, row, column, positions, self.mask_fraction, self.seed, reserve, share, visits)
 

@@ -110,7 +110,7 @@ class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
         self.settle(adapter)
         with self.reverted() as weight:
             delta = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-            for block, values in self.states[adapter].journal.deltas(weight):
+            for block, values in self.deltas(adapter, weight):
                 from ..functional import read_block
 
                 write_block(delta, block, read_block(delta, block) + values)

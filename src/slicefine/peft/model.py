@@ -302,7 +302,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         result = {key: tensor for key, tensor in result.items() if f".{cls.prefix}{ORIGINALS}" not in key}
         config.layout, config.weights = {}, {}
         mover = next((layer.states[adapter_name].mover for _, layer in layers), None)
-        config.progress = None if mover is None or not mover.progress else mover.progress
+        config.progress = (None if mover is None else mover.sound_progress()) or None
         for _, layer in layers:
             tensors = file_tensors(layer, adapter_name)
             name = layer.states[adapter_name].layer_name

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import AdapterFileError
 from ..files.adapter import WEIGHTS, find_adapter, open_weights, read_config
 from ..files.distance import Distance
-from ..geometry import Slice, touched
+from ..geometry import Slice, line_count
 from ..journal import Visit, read_table
 from ..mover import check_progress
 from .counts import layer_kind
@@ -163,7 +163,7 @@ def _named(block: Slice) -> str:
 def _progress(contents: Contents) -> Table:
     """Loss and metrics at the end of each position, and what it gained over the one before."""
     progress = check_progress(contents.config.get("progress"), str(contents.folder))
-    names = list(dict.fromkeys(name for entry in progress for name in entry))
+    names = [name for name in dict.fromkeys(name for entry in progress for name in entry) if name != "step"]
     table = Table(title="at the end of each position (and the gain over the one before)")
     for column in ("position", "steps", *names):
         table.add_column(column, justify="right", overflow="fold")
@@ -184,7 +184,7 @@ def _layer(path: Path, name: str, part: dict[str, Any]) -> LayerContents:
     if "visits" not in part:
         raise AdapterFileError(f"{path}: layer {name} has values but no journal; the file is incomplete.")
     slices = [visit.slice for visit in part["visits"]]
-    rows, columns = len(touched(slices, "row")), len(touched(slices, "column"))
+    rows, columns = line_count(slices, "row"), line_count(slices, "column")
     return LayerContents(name, part["visits"], rows, columns, part["values"])
 
 

@@ -72,7 +72,11 @@ def draw_layers(path: Path, adapter: Adapter, distances: dict[str, dict[Slice, D
     FigureCanvasAgg(figure)
     colors = colormaps["viridis"]
     found = [d.relative for blocks in (distances or {}).values() for d in blocks.values() if math.isfinite(d.relative)]
-    most = max((len(layer.values) for layer in adapter.layers.values()), default=1) if distances is None else max(found)
+    most = (
+        max((len(layer.values) for layer in adapter.layers.values()), default=1)
+        if distances is None
+        else max(found, default=1.0)
+    )
     scale = Normalize(0, most or 1)
     panels = figure.subplots(down, across, squeeze=False)
     for panel in panels.flat:

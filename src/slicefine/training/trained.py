@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterFileError
+from ..files.adapter import find_adapter
 from ..tasks import Columns, DataSettings, Loaded, ModelSettings, Task, TaskSettings, get_task
 from .methods import is_adapter
 from .session import Session
@@ -60,6 +61,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: if the folder or the file is missing or corrupt.
     """
+    folder = find_adapter(folder)
     path = folder / RUN_FILE
     if not path.is_file() and (folder / "adapter" / RUN_FILE).is_file():
         path = folder / "adapter" / RUN_FILE  # the output folder was given instead of its adapter/
