@@ -104,8 +104,8 @@ def test_the_command_shows_tables_and_draws(tmp_path: Path, capsys):
     folder(tmp_path)
     assert main(["info", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
-    assert "2.0000 (-1.0000)" in shown  # the loss, and what the second position gained
-    assert "0.5000 (+0.2500)" in shown
+    second = next(line for line in shown.splitlines() if "3-4" in line and "2.0000" in line)
+    assert [cell.strip() for cell in second.split("│")[1:-1]] == ["2", "3-4", "2.0000", "-1.0000", "0.2500", "+0.2500"]
     assert main(["info", str(tmp_path / "a"), "--layers", "--distance", "--picture", str(tmp_path / "p.png")]) == 0
     shown = capsys.readouterr().out
     assert "rows 0-1" in shown

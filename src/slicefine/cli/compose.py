@@ -72,9 +72,9 @@ def _ranges(lines: list[int]) -> str:
 def run(chosen: Any) -> int:
     """Report where the adapters meet, and write the composed one."""
     from ..files.adapter import read_adapter, write_adapter
-    from ..files.checkpoint import Checkpoint, find_checkpoint
     from ..files.compose import compose, overlaps
     from ..files.writing import check_target
+    from ..training.bases import open_base
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
@@ -96,7 +96,7 @@ def run(chosen: Any) -> int:
     if settings.output is None:
         return 0
     head = None if settings.head is None else settings.adapters.index(settings.head)
-    with Checkpoint(find_checkpoint(adapters[0], settings.model)) as base:
+    with open_base(adapters[0], settings.model) as base:
         sources = [base.folder, *(adapter.folder for adapter in adapters)]
         target = check_target(settings.output, sources, settings.overwrite)
         composed = compose(adapters, base, settings.policy, settings.weights, head)

@@ -57,15 +57,15 @@ def run(chosen: Any) -> int:
     import torch
 
     from ..files.adapter import read_adapter
-    from ..files.checkpoint import Checkpoint, find_checkpoint
     from ..files.export import export_lora
     from ..files.writing import check_target
+    from ..training.bases import open_base
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
     settings = ExportSettings(**instantiate(parser(), chosen))
     adapter = read_adapter(settings.adapter)
-    with Checkpoint(find_checkpoint(adapter, settings.model)) as base:
+    with open_base(adapter, settings.model) as base:
         target = check_target(settings.output, [adapter.folder, base.folder], settings.overwrite)
         made = export_lora(adapter, base, target, settings.to, settings.rank, getattr(torch, settings.dtype))
     ranks = sorted(set(made.ranks.values()))

@@ -54,10 +54,10 @@ def run(chosen: Any) -> int:
     adapter = read_adapter(folder)
     found = None
     if settings.distance:
-        from ..files.checkpoint import Checkpoint, find_checkpoint
         from ..files.distance import distances
+        from ..training.bases import open_base
 
-        with Checkpoint(find_checkpoint(adapter, settings.model)) as base:
+        with open_base(adapter, settings.model) as base:
             found = distances(adapter, base)
     if settings.layers or settings.distance:
         print_layers(contents, found)

@@ -163,9 +163,11 @@ def _named(block: Slice) -> str:
 def _progress(contents: Contents) -> Table:
     """Loss and metrics at the end of each position, and what it gained over the one before."""
     progress = check_progress(contents.config.get("progress"), str(contents.folder))
-    names = [name for name in dict.fromkeys(name for entry in progress for name in entry) if name != "step"]
-    table = Table(title="at the end of each position (and the gain over the one before)")
-    for column in ("position", "steps", *names):
+    found = dict.fromkeys(name for entry in progress for name in entry)
+    scores = [name for name in found if name not in ("step", "loss", "eval_loss")]
+    names = [name for name in ("loss", *scores[:1]) if name in found]  # the others are in adapter_config.json
+    table = Table(title="at the end of each position")
+    for column in ("position", "steps", *(text for name in names for text in (name, "gain"))):
         table.add_column(column, justify="right", overflow="fold")
     steps = _steps(contents.layers)
     last: dict[str, float] = {}
@@ -173,8 +175,8 @@ def _progress(contents: Contents) -> Table:
         cells = []
         for name in names:
             value = entry.get(name)
-            gain = f" ({value - last[name]:+.4f})" if value is not None and name in last else ""
-            cells.append("" if value is None else f"{value:.4f}{gain}")
+            cells.append("" if value is None else f"{value:.4f}")
+            cells.append(f"{value - last[name]:+.4f}" if value is not None and name in last else "")
         last |= entry
         table.add_row(str(number + 1), steps[number], *cells)
     return table

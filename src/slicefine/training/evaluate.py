@@ -15,12 +15,12 @@ from transformers import Trainer, TrainingArguments
 
 from ..errors import AdapterFileError, ConfigError, DataError
 from ..files.adapter import CONFIG, find_adapter, read_adapter, read_config
-from ..files.checkpoint import Checkpoint, find_checkpoint
 from ..files.merge import merge_files, missing_modules
 from ..files.writing import atomic_folder, check_target
 from ..tasks import Prepared
 from ..tasks.settings import DataSettings
 from ..tasks.sources import load_splits
+from .bases import open_base
 from .report import environment, write_json
 from .session import compute_with, measure
 from .trained import RUN_FILE, Trained, load_trained, read_run
@@ -129,7 +129,7 @@ def _merge_files(adapter: str, output: str, model: str | None, overwrite: bool) 
     content = read_adapter(folder)
     from_run = (folder / RUN_FILE).is_file()
     try:
-        base = Checkpoint(find_checkpoint(content, model))
+        base = open_base(content, model)
     except AdapterFileError:  # a base in another format than safetensors
         if from_run:
             return None
