@@ -25,7 +25,9 @@ from slicefine.analysis.features import (
 )
 from slicefine.analysis.shift import linear_cka, prediction_shift
 from slicefine.analysis.spectra import null_weight, spectral_balance
+from slicefine.analysis.winners import layer_overlap, overlap, slice_gradients, step_decrease
 from slicefine.errors import ConfigError, DataError, NumericalError
+from slicefine.geometry import Slice
 
 SEEDS = st.integers(0, 2**16)
 
@@ -237,3 +239,80 @@ def test_cka_is_the_normalised_hsic_of_linear_kernels(seed, n, d, other):
     assert linear_cka(ours, theirs) == pytest.approx(oracle, rel=1e-8)
     rotation = torch.linalg.qr(draw(seed + 2, d, d))[0]
     assert linear_cka(ours, 3 * ours @ rotation + 1) == pytest.approx(1.0)
+
+
+# -- winners ----------------------------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS, rows=st.integers(1, 9), columns=st.integers(1, 9), r=st.integers(1, 4))
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_slice_gradients_are_norms_of_blocks(axis, seed, rows, columns, r):
+    gradient = draw(seed, rows, columns)
+    lines = gradient if axis == "row" else gradient.t()
+    if r > len(lines):
+        with pytest.raises(ConfigError, match=f"r={r} must lie between 1 and the {len(lines)} {axis}s"):
+            slice_gradients(gradient, r, axis)
+        return
+    expected = [float(lines[i : i + r].norm()) for i in range(len(lines) - r + 1)]
+    assert_close(slice_gradients(gradient, r, axis).tolist(), expected)
+
+
+@given(seed=SEEDS, out=st.integers(2, 6), width=st.integers(2, 5), r=st.integers(1, 3), k=st.integers(1, 4))
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_closed_forms_are_those_of_autograds_jacobian(axis, seed, out, width, r, k):
+    k, r = min(k, out), min(r, out, width)
+    weight, x = draw(seed, out, width), draw(seed + 1, width)
+    basis = torch.linalg.qr(draw(seed + 2, out, out))[0][:, :k]
+    start = seed % ((out if axis == "row" else width) - r + 1)
+    block = Slice(axis, start, r)
+
+    def outputs(values: torch.Tensor) -> torch.Tensor:
+        full = weight.clone()
+        part = slice(start, start + r)
+        full = torch.cat([full[:start], values, full[start + r :]]) if axis == "row" else full
+        if axis == "column":
+            full = torch.cat([full[:, :start], values, full[:, part.stop :]], dim=1)
+        return full @ x
+
+    own = weight[start : start + r] if axis == "row" else weight[:, start : start + r]
+    jacobian = torch.func.jacrev(outputs)(own).reshape(out, -1)
+    oracle, found = overlap(jacobian, basis), layer_overlap(x, block, basis)
+    assert found.gamma == pytest.approx(oracle.gamma, abs=1e-9)
+    assert found.beta == pytest.approx(oracle.beta, abs=1e-9)
+    assert found.rank == oracle.rank
+    assert axis == "column" or r >= k or found.gamma == 0
+    assert found.premise_holds == (k == out) if axis == "column" else (r >= k or not found.premise_holds)
+
+
+def test_one_step_keeps_the_bound_on_a_quadratic_and_wins_on_a_network():
+    hessian = draw(1, 6, 6)
+    hessian = hessian @ hessian.t()
+    target = draw(2, 6)
+    found = step_decrease(lambda v: 0.5 * (v - target) @ hessian @ (v - target), draw(3, 6), 500, 1e-12)
+    assert found.smoothness == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-6)
+    assert found.decrease >= found.bound * (1 - 1e-6) > 0
+    weight, x = draw(4, 5, 4), draw(5, 30, 4)
+    labels = torch.arange(30) % 5
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        whole = torch.cat([weight[:1], rows, weight[3:]])
+        return torch.nn.functional.cross_entropy(torch.tanh(x @ whole.t()), labels)
+
+    found = step_decrease(loss, weight[1:3])
+    exact = torch.autograd.functional.hessian(loss, weight[1:3]).reshape(8, 8)
+    assert found.smoothness == pytest.approx(float(torch.linalg.eigvalsh(exact).abs().max()), rel=1e-2)
+    assert found.gradient > 0
+    assert found.decrease > 0
+
+
+def test_flat_and_broken_losses():
+    assert step_decrease(lambda v: (v * 0).sum(), torch.ones(3)).decrease == 0
+    assert step_decrease(lambda v: v.sum(), torch.ones(3)).bound == math.inf  # linear: no curvature to divide by
+    with pytest.raises(NumericalError, match="not finite"):
+        step_decrease(lambda v: (v / 0).square().sum(), torch.ones(3))
+    with pytest.raises(ConfigError, match=r"a Jacobian \(3, 2\) and a subspace \(4, 1\) differ"):
+        overlap(torch.ones(3, 2), torch.ones(4, 1))
+    with pytest.raises(ConfigError, match="a random mask has no closed form"):
+        layer_overlap(torch.ones(3), Slice("entries", 0, 2), torch.eye(3))
+    with pytest.raises(ConfigError, match="axis='entries' is unknown"):
+        slice_gradients(torch.ones(3, 3), 1, "entries")
