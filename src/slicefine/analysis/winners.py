@@ -89,7 +89,7 @@ def layer_overlap(inputs: Tensor, block: Slice, subspace: Tensor) -> Overlap:
 
     For ``phi = W x`` a row slice's Jacobian is ``e_i x^T`` for its rows i: rank at most r, so gamma is zero whenever
     r < k. A column slice's is ``I (x) x_J``: gamma = beta = ||x_J|| whatever the subspace, so that beta < gamma holds
-    only if the subspace is everything. At the layer itself the Lemma's premise thus fails for columns, and for narrow rows.
+    only if the subspace is everything. At the layer itself the Lemma's premise thus fails for columns and narrow rows.
 
     Args:
         inputs: of the layer, one example, ``(in,)``.
