@@ -29,7 +29,7 @@ from .functional import (
 from .geometry import Slice, covered, line_length
 from .journal import visit_table
 from .packed import PackedDelta
-from .schedule import Schedule, check_positions, fixed_entries, slice_at, slices_of_others
+from .schedule import Schedule, check_positions, slice_at, slices_of_others
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .window import Place
@@ -213,13 +213,17 @@ class SliceLinear(nn.Module):
         state = self.states[name]
         result = state.journal.deltas(weight)
         for block, delta in result:
-            fixed = self._fixed(state, block)
+            fixed = self.fixed_lines(name, block)
             if fixed is not None:
                 delta[fixed.to(delta.device)] = 0
         return result
 
-    def _fixed(self, state: AdapterState, block: Slice) -> Tensor | None:
-        """Entries of a block that belong to other runs; where those are does not change, so it is looked up once."""
+    def fixed_lines(self, name: str, block: Slice) -> Tensor | None:
+        """Entries of a block that belong to other runs, bool, as lines; None where nobody else trains.
+
+        Where the others are does not change, so it is looked up once.
+        """
+        state = self.states[name]
         if not state.schedule.reserve and state.schedule.share is None:
             return None
         if state.others is None:
@@ -270,7 +274,7 @@ class SliceLinear(nn.Module):
             return 0
         if state.deferred:
             first = slice_at(state.schedule, 0, self.shape, state.layer_name)
-            fixed = fixed_entries(state.schedule, first, self.shape, state.layer_name)
+            fixed = self.fixed_lines(name, first)
             return first.width * line_length(first.axis, self.shape) - (0 if fixed is None else int(fixed.sum()))
         return self.block(name).numel() - self.fixed_entries(name)
 
@@ -293,7 +297,7 @@ class SliceLinear(nn.Module):
         block.check(self.shape, where)
         lines = 1 if block.axis == "entries" else block.width
         length = block.width if block.axis == "entries" else line_length(block.axis, self.shape)
-        fixed = self._fixed(self.states[name], block)
+        fixed = self.fixed_lines(name, block)
         if fixed is not None and bool(fixed.all()):
             raise ConfigError(
                 f"{where}: every entry of {block} belongs to other runs (reserve=, share=), so there is nothing to "
@@ -361,7 +365,7 @@ class SliceLinear(nn.Module):
         state.views = ()
         state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
         state.axis = state.journal.active.axis
-        fixed = self._fixed(state, state.journal.active)
+        fixed = self.fixed_lines(name, state.journal.active)
         if fixed is not None:
             room = self.slicefine_active[name].shape
             state.crossings = int(fixed.sum())

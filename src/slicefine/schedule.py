@@ -14,7 +14,7 @@ from typing import SupportsIndex
 import torch
 
 from .errors import ConfigError
-from .geometry import AXES, Slice, block_count, block_start, covered, touched
+from .geometry import AXES, Slice, block_count, block_start, touched
 
 __all__ = [
     "MODES",
@@ -24,7 +24,6 @@ __all__ = [
     "PositionMap",
     "Schedule",
     "check_positions",
-    "fixed_entries",
     "given_starts",
     "own_starts",
     "slices_of_others",
@@ -207,27 +206,13 @@ def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str 
     return chosen
 
 
-def fixed_entries(schedule: Schedule, block: Slice, shape: tuple[int, int], layer: str = "") -> torch.Tensor | None:
-    """Entries of a block that belong to other runs and must not change: bool, as lines; None where nobody else trains.
-
-    Args:
-        schedule: its ``reserve`` and ``share`` say what others own.
-        block: a row or column slice.
-        shape: ``(rows, columns)`` of the weight matrix.
-        layer: the layer's name.
+def slices_of_others(schedule: Schedule, shape: tuple[int, int], layer: str = "") -> list[Slice]:
+    """What is reserved of a layer, and where the other runs of a share will go: entries there must not change.
 
     Example:
-        >>> schedule = Schedule("row", 1, reserve={"fc": [Slice("column", 1, 2)]})
-        >>> fixed_entries(schedule, Slice("row", 0, 1), (4, 3), "fc")
-        tensor([[False,  True,  True]])
+        >>> slices_of_others(Schedule("row", 1, share=(0, 2)), (4, 3))
+        [Slice(axis='row', start=1, width=1), Slice(axis='row', start=3, width=1)]
     """
-    if not schedule.reserve and schedule.share is None:
-        return None
-    return covered(block, slices_of_others(schedule, shape, layer), shape)
-
-
-def slices_of_others(schedule: Schedule, shape: tuple[int, int], layer: str = "") -> list[Slice]:
-    """What is reserved of a layer, and where the other runs of a share will go."""
     found = dict.fromkeys(schedule.reserve.get(layer, ()))
     if schedule.share is None:
         return list(found)

@@ -89,7 +89,9 @@ class AdapterState:
         self.layer_name = layer_name
         self.journal = Journal(history)
         self.index = torch.empty(0, dtype=torch.int64)
-        self.fixed: Tensor | None = None  # entries of the parameter that belong to others (`fixed_entries`), padded
+        self.fixed: Tensor | None = (
+            None  # entries of the parameter that belong to others (`SliceLinear.fixed_lines`), padded
+        )
         self.crossings = 0  # how many those are
         self.others: list[Slice] | None = None  # where other runs train (`slices_of_others`)
         self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
@@ -97,7 +99,7 @@ class AdapterState:
         self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
         self.views: tuple[Any, ...] = ()  # see `SliceLinear.write_views`
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
-        self.packed: tuple[Any, dict[str, Tensor]] | None = None  # what a file gets, until the next write
+        self.file_cache: tuple[Any, dict[str, Tensor]] | None = None  # what a file gets, until the next write
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet
         self.layout: dict[str, tuple[int, ...]] = {}  # shapes that a file is known to bring
         self.sample: list[SampledEntry] = []  # of the base that a file's slices were trained on
@@ -112,10 +114,13 @@ class AdapterState:
         self.staged, self.layout, self.sample = {}, {}, []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"views": (), "packed": None}  # a view would be pickled with all of the weight under it
+        return self.__dict__ | {
+            "views": (),
+            "file_cache": None,
+        }  # a view would be pickled with all of the weight under it
 
     def mark_synced(self, parameter: Tensor) -> None:
         """Note that the weight holds the parameter's values as they are now."""
         self.synced = (id(parameter), parameter._version)
         self.stamp = new_stamp()
-        self.packed = None
+        self.file_cache = None

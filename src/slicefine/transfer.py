@@ -15,7 +15,7 @@ from .functional import Matrix, read_block, write_block
 from .geometry import Slice, line_length
 from .journal import read_table
 from .packed import PackedDelta
-from .schedule import fixed_entries, slice_at
+from .schedule import slice_at
 from .state import AdapterState, SampledEntry, base_sample, same_base
 
 __all__ = [
@@ -62,6 +62,7 @@ class Holder(Protocol):
     def aim(self, name: str) -> None: ...
     def settle(self, name: str) -> None: ...
     def mark_synced(self, name: str) -> None: ...
+    def fixed_lines(self, name: str, block: Slice) -> Tensor | None: ...
 
 
 class AdapterTensors(nn.Module):
@@ -108,9 +109,9 @@ def file_tensors(layer: Holder, name: str) -> dict[str, Tensor]:
     layer.settle(name)
     journal = state.journal
     key = (state.stamp, len(journal.visits), journal.visits[-1], journal.applied)
-    if state.packed is None or state.packed[0] != key:  # a state dict asks kind by kind
-        state.packed = (key, pack(journal, layer.dense()))
-    return dict(state.packed[1])
+    if state.file_cache is None or state.file_cache[0] != key:  # a state dict asks kind by kind
+        state.file_cache = (key, pack(journal, layer.dense()))
+    return dict(state.file_cache[1])
 
 
 def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
             values = read_block(weight, block)
     facts = {"shape": list(layer.shape), "transposed": layer.transposed}
     if block.axis != "entries":
-        fixed = fixed_entries(layer.states[name].schedule, block, layer.shape, layer.states[name].layer_name)
+        fixed = layer.fixed_lines(name, block)
         facts["sample"] = [list(entry) for entry in base_sample(values, block, fixed)]
     return facts | {"dtype": str(values.dtype).removeprefix("torch.")}
 

@@ -111,7 +111,7 @@ class SliceTuner:
             for kind, tensor in file_tensors(layer, _NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
             tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
-        header = {"version": 2, "additive": self.additive, "progress": self.mover.sound_progress()}
+        header = {"version": FORMAT_VERSION, "additive": self.additive, "progress": self.mover.sound_progress()}
         metadata = {"format": "pt", "slicefine": json.dumps(header)}
         target = Path(path)
         aside = target.with_name(target.name + ".partial")

@@ -32,17 +32,22 @@ _PREFIX = "base_model.model."
 _LARGEST = 2**33  # entries of a matrix; what is larger is no weight
 # what may lie beside an adapter: how to prepare its input, and what `slicefine eval` needs
 BESIDE = frozenset(
-    {
-        *(
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "chat_template.jinja",
-        ),
-        *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-        *("preprocessor_config.json", "processor_config.json", "slicefine_run.json", "README.md"),
-    }
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "slicefine_run.json",
+    ]
 )
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _MARK = ".slicefine_"
