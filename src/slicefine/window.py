@@ -16,7 +16,7 @@ import torch
 from .errors import ConfigError
 from .geometry import block_count, block_start
 
-__all__ = ["DWELLS", "ORDERS", "Place", "Window", "block_numbers", "make_window", "places"]
+__all__ = ["DWELLS", "ORDERS", "Place", "Window", "block_numbers", "block_paths", "make_window", "places"]
 
 ORDERS = ("top-down", "bottom-up", "random", "fixed")
 DWELLS = ("uniform", "top-heavy")
@@ -163,7 +163,24 @@ def block_numbers(names: Iterable[str]) -> dict[str, int]:
         >>> block_numbers(["project", "layer.0.up", "layer.0.down", "layer.1.up", "head"])
         {'project': 0, 'layer.0.up': 0, 'layer.0.down': 0, 'layer.1.up': 1, 'head': 1}
     """
-    names = list(names)
+    return _blocks(list(names))[0]
+
+
+def block_paths(names: Iterable[str]) -> list[str]:
+    """Full names of the modules that hold one block each, in the order in which they come.
+
+    Raises:
+        ConfigError: if no name has a number.
+
+    Example:
+        >>> block_paths(["project", "layer.0.up", "layer.0.down", "layer.1.up", "head"])
+        ['layer.0', 'layer.1']
+    """
+    return _blocks(list(names))[1]
+
+
+def _blocks(names: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Number of each layer's block, and the paths of the blocks."""
     parts = {name: name.split(".") for name in names}
     # the paths up to a number, outermost first
     paths = {name: [tuple(p[: i + 1]) for i, part in enumerate(p) if part.isdigit()] for name, p in parts.items()}
@@ -182,7 +199,7 @@ def block_numbers(names: Iterable[str]) -> dict[str, int]:
         if path is not None:
             found.setdefault(path, len(found))
         result[name] = max(0, len(found) - 1) if path is None else found[path]
-    return result
+    return result, [".".join(path) for path in found]
 
 
 def places(window: Window, names: Iterable[str]) -> dict[str, Place]:

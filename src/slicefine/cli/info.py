@@ -62,7 +62,7 @@ def run(chosen: Any) -> int:
     if settings.layers or settings.distance:
         print_layers(contents, found)
     if settings.picture is not None:
-        from ..training.plots import draw_layers
+        from ..plots import draw_layers
 
         _draw(settings.picture, lambda path: draw_layers(path, adapter, found))
         print(f"picture written to {settings.picture}")

@@ -41,13 +41,13 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import bench, compose, eval, export, info, merge, plan, push, train, undo
+    from . import analyze, bench, compose, eval, export, info, merge, plan, push, train, undo
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
-    verbs |= {"undo": undo, "push": push, "info": info, "plan": plan, "bench": bench}
+    verbs |= {"undo": undo, "push": push, "info": info, "plan": plan, "analyze": analyze, "bench": bench}
     for name, verb in verbs.items():
         commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
     chosen = parser.parse_args(normalise(argv))

@@ -10,9 +10,9 @@ from rich.console import Console
 from transformers import set_seed
 
 from ..files.writing import atomic_folder
+from ..plots import draw_run
 from .folders import RESULTS, RunFolder, open_folder
 from .plan import make_plan, print_plan
-from .plots import draw_run
 from .report import environment, peak_memory, print_report, run_counts, write_json
 from .screen import Screen
 from .session import Session, build, main_metric, measure

@@ -1,0 +1,181 @@
+"""All pictures, as PNG or SVG: charts, a run's curves, an adapter's slices. matplotlib is used only here."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .charts import Chart, Panel, run_chart
+from .files.adapter import Adapter
+from .files.distance import Distance
+from .geometry import Slice
+
+__all__ = ["draw_layers", "draw_run", "save_chart", "svg"]
+
+
+def save_chart(chart: Chart, folder: Path) -> list[Path]:
+    """Write a chart as ``NAME.png``, and what it shows as ``NAME.json`` beside it.
+
+    Returns:
+        The two files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    picture, data = folder / f"{chart.name}.png", folder / f"{chart.name}.json"
+    _figure(chart).savefig(picture, dpi=110, metadata={"Title": chart.title, "Description": chart.alternative})
+    data.write_text(json.dumps(chart.as_dict(), indent=1) + "\n")
+    return [picture, data]
+
+
+def svg(chart: Chart) -> str:
+    """A chart as an SVG element for a page, with its title and alternative text inside."""
+    import html
+
+    from matplotlib import rc_context
+
+    aside = io.StringIO()
+    with rc_context({"svg.hashsalt": chart.name, "svg.fonttype": "none"}):  # the same text for the same data
+        _figure(chart).savefig(aside, format="svg", metadata={"Date": None})
+    text = aside.getvalue()
+    element = text[text.index("<svg") :]
+    opened = element.index(">") + 1
+    name = html.escape(chart.name)
+    label = f'role="img" aria-labelledby="{name}-title {name}-text"'
+    inside = (
+        f'<title id="{name}-title">{html.escape(chart.title)}</title>'
+        f'<desc id="{name}-text">{html.escape(chart.alternative)}</desc>'
+    )
+    return f"{element[: opened - 1]} {label}>{inside}{element[opened:]}"
+
+
+def _figure(chart: Chart) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(chart.panels)
+    across = chart.across or max(1, min(count, 4))
+    down = max(1, math.ceil(count / across))
+    figure = Figure(figsize=(max(6.5, 4.2 * across), 3.4 * down + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(chart.title, fontsize=11)
+    axes = figure.subplots(down, across, squeeze=False)
+    for place, panel in zip(axes.flat, chart.panels, strict=False):
+        if panel.matrix is not None:
+            _heat(figure, place, panel)
+        else:
+            _lines(place, panel)
+    for place in axes.flat[count:]:
+        place.axis("off")
+    return figure
+
+
+def _lines(axes: Any, panel: Panel) -> None:
+    named = any(isinstance(x, str) for line in panel.lines for x in line.x)
+    bars = [line for line in panel.lines if line.style == "bars"]
+    for number, line in enumerate(panel.lines):
+        color = f"C{number % 10}"
+        x: Sequence[float] = list(range(len(line.x))) if named else [float(value) for value in line.x]
+        if line.style == "bars":
+            width = 0.8 / len(bars)
+            places = [value + (bars.index(line) - (len(bars) - 1) / 2) * width for value in x]
+            axes.bar(places, line.y, width, yerr=line.error, label=line.label or None, color=color, capsize=2)
+        elif line.style == "step":
+            axes.step(x, line.y, where="mid", label=line.label or None, color=color)
+        else:
+            marker = {"points": "o", "line": "." if len(x) <= 40 else ""}[line.style]
+            drawn = {"linestyle": "" if line.style == "points" else "-", "marker": marker, "color": color}
+            axes.errorbar(x, line.y, yerr=line.error, label=line.label or None, capsize=2, markersize=4, **drawn)
+    if named:
+        names = [str(value) for value in panel.lines[0].x]
+        long = max(map(len, names)) * len(names) > 45
+        axes.set_xticks(range(len(names)), names, rotation=45 if long else 0, ha="right" if long else "center")
+    _decorate(axes, panel)
+
+
+def _decorate(axes: Any, panel: Panel) -> None:
+    for mark in panel.marks:
+        axes.axvline(mark, color="grey", linewidth=0.7, linestyle=":")
+    for name, level in panel.levels.items():
+        axes.axhline(level, color="black", linewidth=0.8, linestyle="--", label=name or None)
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    axes.set_title(panel.title, fontsize=9)
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+    if any(line.label for line in panel.lines) or any(panel.levels):
+        axes.legend(fontsize=7)
+
+
+def _heat(figure: Any, axes: Any, panel: Panel) -> None:
+    assert panel.matrix is not None
+    image = axes.imshow([list(row) for row in panel.matrix], aspect="auto", interpolation="nearest", cmap="viridis")
+    if panel.row_names:
+        axes.set_yticks(range(len(panel.row_names)), panel.row_names, fontsize=6)
+    if panel.column_names:
+        axes.set_xticks(range(len(panel.column_names)), panel.column_names, fontsize=7, rotation=45, ha="right")
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    axes.set_title(panel.title, fontsize=9)
+    figure.colorbar(image, ax=axes, label=panel.scale)
+
+
+def draw_run(path: Path, history: list[dict[str, Any]], moves: list[int], metric: str, before: float | None) -> None:
+    """Draw a run to a PNG file: loss and validation metric over the steps, with the moves.
+
+    Args:
+        path: the file.
+        history: the Trainer's log.
+        moves: steps after which the slices moved.
+        metric: name of the main metric.
+        before: its value before training.
+    """
+    _figure(run_chart(history, moves, metric, before)).savefig(path, dpi=120)
+
+
+def draw_layers(path: Path, adapter: Adapter, distances: dict[str, dict[Slice, Distance]] | None = None) -> None:
+    """Draw every layer's weight as a rectangle with its trained rows and columns in it, to a PNG file.
+
+    Args:
+        path: the file.
+        adapter: the slices.
+        distances: colour them by the relative change; None colours them by the order of their visits.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    across = min(8, len(adapter.layers))
+    down = math.ceil(len(adapter.layers) / across)
+    figure = Figure(figsize=(2 * across + 1, 1.9 * down + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    colors = colormaps["viridis"]
+    found = [d.relative for blocks in (distances or {}).values() for d in blocks.values() if math.isfinite(d.relative)]
+    most = (
+        max((len(layer.values) for layer in adapter.layers.values()), default=1)
+        if distances is None
+        else max(found, default=1.0)
+    )
+    scale = Normalize(0, most or 1)
+    panels = figure.subplots(down, across, squeeze=False)
+    for panel in panels.flat:
+        panel.axis("off")
+    for panel, (name, layer) in zip(panels.flat, adapter.layers.items(), strict=False):
+        rows, columns = layer.shape
+        panel.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
+        panel.add_patch(Rectangle((0, 0), columns, rows, facecolor="whitesmoke", edgecolor="grey"))
+        for number, block in enumerate(layer.values, start=1):
+            color = colors(scale(number if distances is None else distances[name][block].relative))
+            if block.axis == "row":
+                panel.add_patch(Rectangle((0, block.start), columns, block.width, facecolor=color))
+            elif block.axis == "column":
+                panel.add_patch(Rectangle((block.start, 0), block.width, rows, facecolor=color))
+        panel.set_title(name.removeprefix("model.").replace(".", " ").strip(), fontsize=6, wrap=True)
+    label = "order of visits" if distances is None else "change / norm of the original values"
+    figure.colorbar(ScalarMappable(scale, colors), ax=panels, label=label, shrink=0.6)
+    figure.savefig(path, dpi=120)
