@@ -193,7 +193,7 @@ def slice_jacobian(model: nn.Module, example: Batch, layer: str, block: Slice, o
         return result.reshape(-1, result.shape[-1]).mean(0)
 
     with _evaluating(model):
-        jacobian: Tensor = jacobian_of(flat, slice_values(model, layer, block))
+        jacobian: Tensor = jacobian_of(flat, slice_values(model, layer, block))  # type: ignore[no-untyped-call]
     return jacobian.reshape(jacobian.shape[0], -1)
 
 
