@@ -19,6 +19,7 @@ SOURCE = Path(slicefine.__file__).parent
 LADDER = [
     "errors",
     "geometry",
+    "initial",
     "packed",
     "window",
     "schedule",
@@ -34,7 +35,8 @@ LADDER = [
 ]
 ALLOWED = {name: set(LADDER[:i]) for i, name in enumerate(LADDER)}
 ALLOWED["geometry"] = {"errors"}
-ALLOWED["schedule"] = {"errors", "geometry"}
+ALLOWED["initial"] = {"errors", "geometry"}
+ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}
 ALLOWED["packed"] = {"errors", "geometry"}
 ALLOWED["functional"] = {"errors", "geometry", "packed"}  # tensors only: no schedule

@@ -27,6 +27,7 @@ from .functional import (
     write_block,
 )
 from .geometry import Slice, covered, line_length
+from .initial import initial_block
 from .journal import visit_table
 from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at, slices_of_others
@@ -34,7 +35,7 @@ from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .window import Place
 
-__all__ = ["SliceLinear", "is_hidden", "is_transposed", "supports"]
+__all__ = ["SliceLinear", "is_hidden", "is_transposed", "matrix_of", "supports"]
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -48,6 +49,12 @@ def supports(layer: nn.Module) -> bool:
     linear = (isinstance(layer, nn.Linear) and not is_hidden(layer)) or is_transposed(layer)
     # a parametrised weight (weight norm, pruning) is computed anew by each forward: it is not a parameter
     return linear and isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """A supported layer's weight as ``(out, in)``, sharing its storage."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr]
+    return weight.t() if is_transposed(layer) else weight
 
 
 def is_hidden(layer: nn.Module) -> bool:
@@ -338,8 +345,23 @@ class SliceLinear(nn.Module):
 
     def begin(self, name: str, block: Slice, step: int | None = None) -> None:
         self.check_block(name, block)
-        self.states[name].journal.begin(self.dense(), block, step)
+        journal = self.states[name].journal
+        new = block not in journal.slices()
+        journal.begin(self.dense(), block, step)
         self.load_active(name)
+        if new and self.states[name].schedule.start_values != "pretrained":
+            self._start_anew(name, block)
+
+    def _start_anew(self, name: str, block: Slice) -> None:
+        """Give a slice the values that `Schedule.start_values` names instead of the pretrained ones."""
+        state = self.states[name]
+        schedule = state.schedule
+        values = initial_block(schedule.start_values, block, self.shape, state.layer_name, schedule.seed)
+        with torch.no_grad():
+            self.block(name).copy_(values)
+            self.restore_fixed(name)
+        write_block(self.dense(), block, self.block(name), state.index)
+        self.mark_synced(name)
 
     def load_active(self, name: str) -> None:
         """Make parameter, index and content stamp agree with the journal's active slice."""

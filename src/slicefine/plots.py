@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from .files.distance import Distance
 from .geometry import Slice
 
 __all__ = ["draw_layers", "draw_run", "save_chart", "svg"]
+
+_FONTS = "'DejaVu Sans', Verdana, sans-serif"  # equally wide
+_MANY = 2000  # points or bars of a line that an SVG holds as single shapes
 
 
 def save_chart(chart: Chart, folder: Path) -> list[Path]:
@@ -30,25 +35,82 @@ def save_chart(chart: Chart, folder: Path) -> list[Path]:
     return [picture, data]
 
 
-def svg(chart: Chart) -> str:
-    """A chart as an SVG element for a page, with its title and alternative text inside."""
-    import html
+def svg(chart: Chart, prefix: str = "") -> str:
+    """A chart as an SVG element for a page, with its title and alternative text inside.
+
+    Text stays text and has the page's colour; dollar signs are no formulas. What has many parts becomes a picture.
+
+    Args:
+        chart: the chart.
+        prefix: of every id in it: different for each picture of a page; empty takes the chart's name.
+
+    Example:
+        >>> '<title id="p-title">One &amp; all</title>' in svg(Chart("one", "One & all", [], "Nothing."), "p")
+        True
+    """
+    import warnings
 
     from matplotlib import rc_context
 
     aside = io.StringIO()
-    with rc_context({"svg.hashsalt": chart.name, "svg.fonttype": "none"}):  # the same text for the same data
-        _figure(chart).savefig(aside, format="svg", metadata={"Date": None})
-    text = aside.getvalue()
-    element = text[text.index("<svg") :]
-    opened = element.index(">") + 1
-    name = html.escape(chart.name)
-    label = f'role="img" aria-labelledby="{name}-title {name}-text"'
-    inside = (
-        f'<title id="{name}-title">{html.escape(chart.title)}</title>'
-        f'<desc id="{name}-text">{html.escape(chart.alternative)}</desc>'
-    )
-    return f"{element[: opened - 1]} {label}>{inside}{element[opened:]}"
+    plain: dict[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.hashsalt": chart.name, "svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's browser has its own fonts
+        figure = _figure(_literal(chart))
+        figure.savefig(aside, format="svg", metadata=plain, transparent=True, dpi=110)
+    return _labelled(aside.getvalue(), chart, prefix or chart.name)
+
+
+def _literal(chart: Chart) -> Chart:
+    """The same chart, in which no text is read as a formula."""
+
+    def escaped(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("$", r"\$")
+        if isinstance(value, dict):
+            return {escaped(name): item for name, item in value.items()}
+        return [escaped(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def with_text(part: Any) -> Any:
+        styled = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "style"}
+        return replace(part, **{name: escaped(value) for name, value in styled.items()})
+
+    panels = [with_text(replace(panel, lines=[with_text(line) for line in panel.lines])) for panel in chart.panels]
+    return replace(chart, title=escaped(chart.title), panels=panels)
+
+
+def _labelled(document: str, chart: Chart, prefix: str) -> str:
+    """The SVG element alone: ids prefixed, style on itself instead of on the page, title and description inside."""
+    from xml.etree import ElementTree as Xml
+
+    space, link = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+    Xml.register_namespace("", space[1:-1])
+    Xml.register_namespace("xlink", link[1:-5])
+    root = Xml.fromstring(document)
+    targets = set(re.findall(r'(?:href="#|url\(#)([^")]+)', document))
+    for element in list(root.iter()):
+        for sheet in element.findall(f"{space}style"):  # it would hold for the whole page
+            element.remove(sheet)
+        own = element.attrib
+        if own.get("id") not in targets:
+            own.pop("id", None)
+        for name, value in own.items():
+            if name == "id":
+                own[name] = f"{prefix}-{value}"
+            elif name == "style":  # the fonts are on the root, once
+                own[name] = re.sub(r"font-family: [^;]+(; |$)", "", value)
+            elif name == link and value.startswith("#"):
+                own[name] = f"#{prefix}-{value[1:]}"
+            elif value.startswith("url(#"):
+                own[name] = f"url(#{prefix}-{value[5:]}"
+    root.set("style", f"stroke-linejoin: round; stroke-linecap: butt; font-family: {_FONTS}")
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{prefix}-title {prefix}-text")
+    for place, (tag, name, words) in enumerate((("title", "title", chart.title), ("desc", "text", chart.alternative))):
+        element = Xml.Element(f"{space}{tag}", {"id": f"{prefix}-{name}"})
+        element.text = words
+        root.insert(place, element)
+    return Xml.tostring(root, encoding="unicode")
 
 
 def _figure(chart: Chart) -> Any:
@@ -81,12 +143,14 @@ def _lines(axes: Any, panel: Panel) -> None:
         if line.style == "bars":
             width = 0.8 / len(bars)
             places = [value + (bars.index(line) - (len(bars) - 1) / 2) * width for value in x]
-            axes.bar(places, line.y, width, yerr=line.error, label=line.label or None, color=color, capsize=2)
+            shown = {"label": line.label or None, "color": color, "rasterized": len(x) > _MANY}
+            axes.bar(places, line.y, width, yerr=line.error, capsize=2, **shown)
         elif line.style == "step":
             axes.step(x, line.y, where="mid", label=line.label or None, color=color)
         else:
             marker = {"points": "o", "line": "." if len(x) <= 40 else ""}[line.style]
-            drawn = {"linestyle": "" if line.style == "points" else "-", "marker": marker, "color": color}
+            drawn: dict[str, Any] = {"linestyle": "" if line.style == "points" else "-", "marker": marker}
+            drawn |= {"color": color, "rasterized": line.style == "points" and len(x) > _MANY}
             axes.errorbar(x, line.y, yerr=line.error, label=line.label or None, capsize=2, markersize=4, **drawn)
     if named:
         names = [str(value) for value in panel.lines[0].x]

@@ -15,6 +15,7 @@ import torch
 
 from .errors import ConfigError
 from .geometry import AXES, Slice, block_count, block_start, touched
+from .initial import START_VALUES
 
 __all__ = [
     "MODES",
@@ -62,6 +63,8 @@ class Schedule:
             entries where a row of one crosses a column of the other stay fixed.
         share: ``(i, n)``: this run takes the i-th of n parts of the positions (i from 0), the same for all of n runs.
         share_visits: visits that each of those runs makes at most; None: any number, for one orientation only.
+        start_values: what a slice starts from when it is first visited: ``"pretrained"``, or, to study that,
+            ``"zero"``, ``"xavier"``, ``"kaiming"`` or ``"lecun"`` (Appendix D.2).
 
     Example:
         >>> schedule = Schedule(mode="alternate", row_rank=5, column_rank=5)
@@ -78,6 +81,7 @@ class Schedule:
     reserve: Mapping[str, Sequence[Slice]] = field(default_factory=dict)
     share: tuple[int, int] | None = None
     share_visits: int | None = None
+    start_values: str = "pretrained"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -97,6 +101,12 @@ class Schedule:
             _check_starts(self.positions)
         if self.mask_fraction is not None and not 0.0 < self.mask_fraction <= 1.0:
             raise ConfigError(f"mask_fraction={self.mask_fraction!r} must lie in (0, 1].")
+        if self.start_values not in START_VALUES:
+            raise ConfigError(
+                f"start_values={self.start_values!r} is unknown; expected one of {', '.join(START_VALUES)}."
+            )
+        if self.start_values != "pretrained" and self.mode == "random_mask":
+            raise ConfigError(f"start_values={self.start_values!r} is for slices; a random mask starts pretrained.")
         self._check_others()
 
     def _check_others(self) -> None:

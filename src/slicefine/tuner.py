@@ -174,6 +174,7 @@ def attach(
     additive: bool = False,
     reserve: Mapping[str, Sequence[Slice]] | None = None,
     share: tuple[int, int] | None = None,
+    start_values: str = "pretrained",
     **moves: Any,
 ) -> SliceTuner:
     """Train one slice of each chosen layer of any model, in place.
@@ -196,6 +197,7 @@ def attach(
         reserve: ``{layer name: slices}`` that belong to others (`SliceTuner.slices` of an earlier run): this run keeps
             out of their rows and columns, and leaves entries as they are where a row crosses a column of theirs.
         share: ``(i, n)``: train the i-th of n parts of the positions (i from 0), beside n - 1 other runs.
+        start_values: what a slice starts from; see `Schedule`.
         **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps.
 
     Raises:
@@ -211,9 +213,8 @@ def attach(
     settings = MoveSettings(**moves, window=make_window(window, window_order, window_dwell, seed))
     if not isinstance(history, int) or isinstance(history, bool) or history < 0:
         raise ConfigError(f"history={history!r} must be an integer of at least 0.")
-    schedule = Schedule(
-        mode, row, column, positions, mask_fraction, seed, reserve or {}, share, share_visits(mode, share, settings)
-    )
+    visits = share_visits(mode, share, settings)
+    schedule = Schedule(mode, row, column, positions, mask_fraction, seed, reserve or {}, share, visits, start_values)
     if any(isinstance(module, SliceLinear) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
     if additive and mode == "random_mask":

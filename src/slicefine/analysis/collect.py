@@ -19,7 +19,17 @@ from ..geometry import Slice
 from ..layer import supports
 from ..tuner import linear_names
 
-__all__ = ["POOLS", "Batch", "features", "gradients", "logits_of", "slice_function", "slice_jacobian", "slice_values"]
+__all__ = [
+    "POOLS",
+    "Batch",
+    "features",
+    "gradients",
+    "logits_of",
+    "output_gradients",
+    "slice_function",
+    "slice_jacobian",
+    "slice_values",
+]
 
 POOLS = ("mean", "first", "last", "tokens")
 
@@ -117,6 +127,57 @@ def gradients(model: nn.Module, batches: Iterable[Batch], layers: Sequence[str])
     if not rows:
         raise DataError("gradients: there is no batch.")
     return {name: _as_matrix(model, name, total / rows) for name, total in sums.items()}
+
+
+def output_gradients(
+    model: nn.Module, batches: Iterable[Batch], modules: Sequence[str]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Inputs of modules and the loss's gradient with respect to their outputs, g_phi of Lemma D.1.
+
+    Args:
+        model: gives ``.loss`` when the batches hold labels.
+        batches: with labels.
+        modules: names of modules that get and give one tensor.
+
+    Returns:
+        ``{module: [(inputs, gradients), ...]}``, one pair per batch, in the module's own shapes, fp32 on the CPU. A
+        module that is called more than once counts with its last call; one that the loss does not reach has zeros.
+
+    Raises:
+        ConfigError: for an unknown module.
+        DataError: if a batch never reaches a module, what passes there is no tensor, or there is no loss.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
+    caught: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], result: Any) -> Tensor:
+            if not (args and isinstance(args[0], Tensor) and isinstance(result, Tensor)):
+                raise DataError(f"output_gradients: module {name!r} does not get and give one tensor.")
+            kept = result if result.requires_grad else result.detach().requires_grad_(True)
+            caught[name] = args[0].detach(), kept
+            return kept
+
+        return hook
+
+    with _evaluating(model), _only(model, ()):
+        handles = [_module(model, name).register_forward_hook(watch(name)) for name in modules]
+        try:
+            for batch in batches:
+                caught.clear()
+                loss = _loss(model, batch)
+                missing = [name for name in modules if name not in caught]
+                if missing:
+                    raise DataError(f"output_gradients: no batch reached module {missing[0]!r}.")
+                parts = torch.autograd.grad(loss, [caught[name][1] for name in modules], allow_unused=True)
+                for name, part in zip(modules, parts, strict=True):
+                    inputs, outputs = caught[name]
+                    own = torch.zeros_like(outputs) if part is None else part
+                    found[name].append((inputs.float().cpu(), own.float().cpu()))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
 
 
 def slice_values(model: nn.Module, layer: str, block: Slice) -> Tensor:

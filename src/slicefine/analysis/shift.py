@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..errors import DataError, NumericalError
 
-__all__ = ["linear_cka", "prediction_shift"]
+__all__ = ["debiased_cka", "linear_cka", "prediction_shift", "relative_change"]
 
 
 def prediction_shift(logits: Tensor, base_logits: Tensor) -> float:
@@ -54,17 +56,100 @@ def linear_cka(features: Tensor, base_features: Tensor) -> float:
         >>> round(linear_cka(features, 5 * features.flip(1)), 6)
         1.0
     """
+    ours, theirs = _same_examples("linear_cka", features, base_features, 2)
+    own, other = torch.linalg.matrix_norm(ours.t() @ ours), torch.linalg.matrix_norm(theirs.t() @ theirs)
+    return float(torch.linalg.matrix_norm(theirs.t() @ ours).square() / (own * other))
+
+
+def debiased_cka(features: Tensor, base_features: Tensor) -> float:
+    """Linear CKA from the unbiased estimate of HSIC: about 0 for unrelated features, however few the examples.
+
+    `linear_cka` of unrelated features grows with the width and falls with n: with n below the width it is near 1 for
+    anything. HSIC_1 (Song et al. 2012; Nguyen et al. 2021) leaves the Gram matrices' diagonals out.
+
+    Args:
+        features: ``(n, d)``, n at least 4.
+        base_features: ``(n, d')``.
+
+    Returns:
+        At most 1, and below 0 at times.
+
+    Raises:
+        DataError: if the numbers of examples differ or are below 4.
+        NumericalError: for NaN, infinite or constant features, or an estimate of a variance that is not positive.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [2.0, 5.0], [4.0, 4.0]])
+        >>> round(debiased_cka(features, 5 * features.flip(1)), 6)
+        1.0
+    """
+    ours, theirs = _same_examples("debiased_cka", features, base_features, 4)
+    ours, theirs = ours @ ours.t(), theirs @ theirs.t()
+    own, other = _unbiased_hsic(ours, ours), _unbiased_hsic(theirs, theirs)
+    if own <= 0 or other <= 0:
+        raise NumericalError(
+            f"debiased_cka: of {len(ours)} examples the estimate of a representation's variance is not positive; give "
+            "more examples."
+        )
+    return _unbiased_hsic(ours, theirs) / math.sqrt(own * other)
+
+
+def relative_change(weight: Tensor, base_weight: Tensor) -> float:
+    """||W_r - W_b||_F / ||W_b||_F: how far a weight went, as a share of where it came from.
+
+    Args:
+        weight: of the fine-tuned model.
+        base_weight: of the base, the same shape.
+
+    Returns:
+        0 for equal weights; infinite if the base's are all zero and the others not.
+
+    Raises:
+        DataError: if the shapes differ.
+        NumericalError: for NaN or infinite weights.
+
+    Example:
+        >>> relative_change(torch.tensor([[3.0, 5.0]]), torch.tensor([[3.0, 4.0]]))
+        0.2
+    """
+    if weight.shape != base_weight.shape:
+        raise DataError(
+            f"relative_change: a weight {tuple(weight.shape)} and a base {tuple(base_weight.shape)} have no difference."
+        )
+    base = base_weight.detach().double()
+    change = float(torch.linalg.vector_norm(weight.detach().double() - base))
+    size = float(torch.linalg.vector_norm(base))
+    if not (math.isfinite(change) and math.isfinite(size)):
+        raise NumericalError("relative_change: there are NaN or infinite weights.")
+    if size == 0:
+        return math.inf if change else 0.0
+    return change / size
+
+
+def _same_examples(where: str, features: Tensor, base_features: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Both centred, in fp64."""
     if features.dim() != 2 or base_features.dim() != 2 or features.shape[0] != base_features.shape[0]:
         raise DataError(
-            f"linear_cka: expected features of the same examples, got {tuple(features.shape)} and "
+            f"{where}: expected features of the same examples, got {tuple(features.shape)} and "
             f"{tuple(base_features.shape)}."
         )
     if features.shape[0] < 2:
-        raise DataError("linear_cka: one example has no variance; give at least two.")
-    ours, theirs = (each.detach().double() - each.detach().double().mean(0) for each in (features, base_features))
+        raise DataError(f"{where}: one example has no variance; give at least two.")
+    if features.shape[0] < least:
+        raise DataError(f"{where}: got {features.shape[0]} examples; the unbiased estimate needs at least {least}.")
+    ours, theirs = (each.detach().double() for each in (features, base_features))
     if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
-        raise NumericalError("linear_cka: there are NaN or infinite features.")
-    own, other = torch.linalg.matrix_norm(ours.t() @ ours), torch.linalg.matrix_norm(theirs.t() @ theirs)
-    if float(own) == 0 or float(other) == 0:
-        raise NumericalError("linear_cka: all examples have the same features, so there is nothing to compare.")
-    return float(torch.linalg.matrix_norm(theirs.t() @ ours).square() / (own * other))
+        raise NumericalError(f"{where}: there are NaN or infinite features.")
+    if bool((ours == ours[0]).all() or (theirs == theirs[0]).all()):
+        raise NumericalError(f"{where}: all examples have the same features, so there is nothing to compare.")
+    return ours - ours.mean(0), theirs - theirs.mean(0)
+
+
+def _unbiased_hsic(first: Tensor, second: Tensor) -> float:
+    """HSIC_1 of two Gram matrices (Song et al. 2012, equation 5)."""
+    n = len(first)
+    first, second = first - torch.diag(first.diagonal()), second - torch.diag(second.diagonal())
+    together = (first * second).sum()
+    sums = first.sum() * second.sum() / ((n - 1) * (n - 2))
+    lines = 2 / (n - 2) * (first.sum(0) * second.sum(0)).sum()
+    return float((together + sums - lines) / (n * (n - 3)))

@@ -11,7 +11,7 @@ from ..errors import ConfigError, NumericalError
 
 __all__ = ["NULLS", "SpectralBalance", "null_weight", "spectral_balance"]
 
-NULLS = ("gaussian", "shuffled")
+NULLS = ("gaussian", "shuffled", "shuffled_lines")
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,28 @@ def null_weight(weight: Tensor, kind: str = "gaussian", seed: int = 0) -> Tensor
         weight: ``(rows, columns)``.
         kind: ``"gaussian"``: independent values of the same mean and standard deviation: what balance is without any
             training. ``"shuffled"``: the same entries in a random order: what the values' distribution alone gives.
+            ``"shuffled_lines"``: whole rows and whole columns in a random order: whether neighbours belong together.
+            Balance of row groups does not see the order of columns, nor that of column groups the order of rows.
         seed: of the draw.
 
     Raises:
-        ConfigError: for an unknown kind.
+        ConfigError: for an unknown kind, or something else than a matrix.
+
+    Example:
+        >>> null_weight(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "shuffled_lines").sum()
+        tensor(10., dtype=torch.float64)
     """
     if kind not in NULLS:
         raise ConfigError(f"null_weight: kind={kind!r} is unknown; expected one of {', '.join(NULLS)}.")
+    if weight.dim() != 2:
+        raise ConfigError(f"null_weight: expected a matrix, got a tensor of shape {tuple(weight.shape)}.")
     generator = torch.Generator().manual_seed(seed)
     values = weight.detach().cpu().double()
     if kind == "gaussian":
         return values.mean() + values.std() * torch.randn(values.shape, generator=generator, dtype=values.dtype)
+    if kind == "shuffled_lines":
+        rows, columns = (torch.randperm(count, generator=generator) for count in values.shape)
+        return values[rows][:, columns]
     return values.reshape(-1)[torch.randperm(values.numel(), generator=generator)].reshape(values.shape)
 
 

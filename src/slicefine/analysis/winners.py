@@ -5,16 +5,30 @@ Paper, Definitions 2.2 and 2.3, Theorem 2.4, Lemma D.1. A slice is given by its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NumericalError
+from ..errors import ConfigError, DataError, NumericalError
 from ..geometry import Slice
 
-__all__ = ["Decrease", "Overlap", "layer_overlap", "overlap", "slice_gradients", "step_decrease"]
+__all__ = [
+    "Decrease",
+    "GradientNoise",
+    "Overlap",
+    "descend",
+    "layer_overlap",
+    "overlap",
+    "random_step",
+    "rank_correlation",
+    "slice_gradients",
+    "step_decrease",
+    "wilson",
+]
 
 
 def slice_gradients(gradient: Tensor, r: int, axis: str) -> Tensor:
@@ -38,9 +52,61 @@ def slice_gradients(gradient: Tensor, r: int, axis: str) -> Tensor:
     if axis not in ("row", "column"):
         raise ConfigError(f"slice_gradients: axis={axis!r} is unknown; expected row or column.")
     squares = gradient.detach().double().square().sum(1 if axis == "row" else 0)
-    if not 1 <= r <= len(squares):
-        raise ConfigError(f"slice_gradients: r={r} must lie between 1 and the {len(squares)} {axis}s.")
-    return squares.unfold(0, r, 1).sum(1).sqrt()
+    return _windows(squares, r, axis).sqrt()
+
+
+class GradientNoise:
+    """How far a layer's gradient stands out of its own spread over batches, for every position of a slice.
+
+    In floating point no gradient is exactly zero, so that "non-zero" (Definition 2.2) says nothing. This is the norm
+    of the mean gradient over the batches, divided by its standard error: about 1 where the true gradient is zero.
+
+    Example:
+        >>> noise = GradientNoise()
+        >>> for gradient in ([[3.0], [1.0]], [[5.0], [-1.0]]):
+        ...     noise.add(torch.tensor(gradient))
+        >>> noise.ratios(1, "row").tolist()
+        [4.0, 0.0]
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum = torch.zeros(())
+        self._squares = {"row": torch.zeros(()), "column": torch.zeros(())}
+
+    def add(self, gradient: Tensor) -> None:
+        """Take the gradient of one batch, ``(rows, columns)``; all batches count alike."""
+        wide = gradient.detach().double()
+        squares = wide.square()
+        self._count += 1
+        self._sum = self._sum + wide
+        self._squares = {axis: own + squares.sum(1 if axis == "row" else 0) for axis, own in self._squares.items()}
+
+    def mean(self) -> Tensor:
+        """The mean gradient, fp64."""
+        return self._sum / max(1, self._count)
+
+    def ratios(self, r: int, axis: str) -> Tensor:
+        """Mean over standard error of every start; infinite where the batches agree exactly, zero for a zero gradient.
+
+        Raises:
+            ConfigError: for an unknown axis or a rank that does not fit.
+            DataError: for fewer than two batches, which have no spread.
+        """
+        if self._count < 2:
+            raise DataError(f"GradientNoise: {self._count} batches have no spread; add at least 2.")
+        means = slice_gradients(self.mean(), r, axis)
+        own = self.mean().square().sum(1 if axis == "row" else 0)
+        spread = (self._squares[axis] - self._count * own).clamp(min=0) / (self._count - 1)
+        errors = _windows(spread / self._count, r, axis).sqrt()
+        return torch.where(means == 0, 0.0, means / errors)
+
+
+def _windows(values: Tensor, r: int, axis: str) -> Tensor:
+    """Sums over r neighbouring lines."""
+    if not 1 <= r <= len(values):
+        raise ConfigError(f"slice_gradients: r={r} must lie between 1 and the {len(values)} {axis}s.")
+    return values.unfold(0, r, 1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -91,30 +157,44 @@ def layer_overlap(inputs: Tensor, block: Slice, subspace: Tensor) -> Overlap:
     r < k. A column slice's is ``I (x) x_J``: gamma = beta = ||x_J|| whatever the subspace, so that beta < gamma holds
     only if the subspace is everything. At the layer itself the Lemma's premise thus fails for columns and narrow rows.
 
+    With several positions, phi holds the outputs of all of them and the task subspace is U_k at each. The Jacobians are
+    ``X (x) E`` (E: the slice's unit vectors) and ``X_J (x) I``: gamma is zero for columns, too, once there are more
+    positions than columns in the slice.
+
     Args:
-        inputs: of the layer, one example, ``(in,)``.
+        inputs: of the layer, one example: ``(in,)``, or ``(positions, in)``.
         block: a row or column slice.
         subspace: U_k of the layer's outputs, ``(out, k)``.
 
     Raises:
         ConfigError: for a random mask, or a slice outside the layer.
+
+    Example:
+        >>> found = layer_overlap(torch.tensor([3.0, 4.0, 1.0]), Slice("column", 0, 2), torch.eye(5)[:, :2])
+        >>> found.gamma, found.beta, found.premise_holds
+        (5.0, 5.0, False)
     """
     if block.axis == "entries":
         raise ConfigError("layer_overlap: a random mask has no closed form; give its Jacobian to `overlap`.")
-    block.check((subspace.shape[0], inputs.shape[0]), "layer_overlap")
-    x, basis = inputs.detach().double(), subspace.detach().double()
+    block.check((subspace.shape[0], inputs.shape[-1]), "layer_overlap")
+    x, basis = inputs.detach().double().reshape(-1, inputs.shape[-1]), subspace.detach().double()
     d, k = basis.shape
     part = slice(block.start, block.start + block.width)
     if block.axis == "column":
-        norm = float(torch.linalg.vector_norm(x[part]))
-        return Overlap(norm, norm if k < d else 0.0, k if norm > 0 else 0)
-    own = basis[part]  # (r, k)
-    norm = float(torch.linalg.vector_norm(x))
-    values = torch.linalg.svdvals(own)
-    gamma = float(values[-1]) * norm if own.shape[0] >= k else 0.0
-    rest = torch.eye(d, dtype=torch.float64)[:, part] - basis @ own.t()
-    rank = int(torch.linalg.matrix_rank(own)) if norm > 0 else 0
-    return Overlap(gamma, float(torch.linalg.matrix_norm(rest, 2)) * norm, rank)
+        inside, outside = torch.eye(k, dtype=x.dtype), torch.eye(d - k, dtype=x.dtype)
+        return _product(x[:, part], inside, outside)
+    own = basis[part].t()  # (k, r)
+    return _product(x, own, torch.eye(d, dtype=x.dtype)[:, part] - basis @ own)
+
+
+def _product(x: Tensor, inside: Tensor, outside: Tensor) -> Overlap:
+    """`Overlap` of ``U^T J = x (x) inside`` and ``(I - U U^T) J = x (x) outside``: singular values multiply."""
+    first, second, third = (
+        torch.linalg.svdvals(part) if part.numel() else part.new_zeros(1) for part in (x, inside, outside)
+    )
+    wide = all(part.shape[0] <= part.shape[1] for part in (x, inside))  # else some direction is reached by no entry
+    rank = int(torch.linalg.matrix_rank(x)) * int(torch.linalg.matrix_rank(inside))
+    return Overlap(float(first[-1] * second[-1]) if wide else 0.0, float(first[0] * third[0]), rank)
 
 
 @dataclass(frozen=True)
@@ -174,6 +254,80 @@ def step_decrease(
     with torch.no_grad():
         after = float(loss(start - gradient.detach() / smoothness))
     return Decrease(norm, smoothness, norm**2 / (2 * smoothness), float(first.detach()) - after)
+
+
+def descend(loss: Callable[[Tensor], Tensor], values: Tensor, rate: float, steps: int) -> list[Tensor]:
+    """Plain gradient steps on a slice alone: its values after each step.
+
+    Args:
+        loss: the loss as a function of the slice's values.
+        values: where to start, any shape.
+        rate: step length over gradient norm, such as 1/L.
+        steps: how many.
+
+    Example:
+        >>> descend(lambda v: v.square().sum(), torch.tensor([8.0]), 0.25, 3)
+        [tensor([4.]), tensor([2.]), tensor([1.])]
+    """
+    found = []
+    at = values.detach().clone()
+    for _ in range(steps):
+        point = at.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss(point), point)
+        at = at - rate * gradient
+        found.append(at)
+    return found
+
+
+def random_step(values: Tensor, length: float, seed: int = 0) -> Tensor:
+    """``values`` moved by ``length`` in a direction drawn evenly from all: what a step without a gradient does.
+
+    Example:
+        >>> round(float(random_step(torch.zeros(3, 4), 2.0).norm()), 5)
+        2.0
+    """
+    direction = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    step: Tensor = direction * (length / torch.linalg.vector_norm(direction))
+    return values.detach() + step.to(values)
+
+
+def wilson(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a share: the shares that a normal test of the observed one does not reject.
+
+    Raises:
+        DataError: unless 0 <= successes <= count and count is above zero.
+
+    Example:
+        >>> low, high = wilson(10, 10)
+        >>> round(low, 3), high
+        (0.722, 1.0)
+    """
+    if not 0 <= successes <= count or count == 0:
+        raise DataError(f"wilson: {successes} of {count} is no share.")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, scale = successes / count, 1 + z * z / count
+    centre = (share + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN for fewer than three pairs, or if one side is constant.
+
+    Raises:
+        DataError: if the lengths differ.
+
+    Example:
+        >>> round(rank_correlation([1, 2, 3, 4], [1, 4, 9, 16]), 3)
+        1.0
+    """
+    if len(first) != len(second):
+        raise DataError(f"rank_correlation: {len(first)} and {len(second)} values are no pairs.")
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return math.nan
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(first, second).statistic)
 
 
 def _finite(value: float) -> bool:

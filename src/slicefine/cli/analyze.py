@@ -10,19 +10,28 @@ from jsonargparse import ArgumentParser
 
 from .parsing import instantiate
 
-__all__ = ["STUDIES", "parser", "run"]
+__all__ = ["STUDIES", "add_studies", "parser", "run"]
 
 # verb -> module of `studies`; each has `Settings` (a dataclass with an `output`) and `study(settings) -> Result`
-STUDIES: dict[str, str] = {}
+STUDIES: dict[str, str] = {
+    "spectra": "spectra",
+    "energy": "task_energy",
+    "shift": "shift",
+    "importance": "importance",
+    "winners": "winners",
+}
 
 
 def parser() -> ArgumentParser:
-    """Options of `slicefine analyze`: one subcommand per study."""
-    result = ArgumentParser(description="Measure the theory on a model and its data; JSON and pictures beside it.")
+    """Options of `slicefine analyze`; its studies come with `add_studies`."""
+    return ArgumentParser(description="Measure the theory on a model and its data; JSON and pictures beside it.")
+
+
+def add_studies(result: ArgumentParser) -> None:
+    """Add one subcommand per study, once the parser is a subcommand itself: the upper level must come first."""
     commands = result.add_subcommands(dest="study")
     for name, module in STUDIES.items():
         commands.add_subcommand(name, _parser(name), help=(_module(module).__doc__ or "").splitlines()[0])
-    return result
 
 
 def run(chosen: Any) -> int:

@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
-    *("layers", "distance"),
+    *("layers", "distance", "keep"),
     *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory", "private"),
     *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
@@ -41,15 +41,18 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import analyze, bench, compose, eval, export, info, merge, plan, push, train, undo
+    from . import analyze, bench, compose, eval, export, info, merge, plan, push, report, sweep, train, undo
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
-    verbs |= {"undo": undo, "push": push, "info": info, "plan": plan, "analyze": analyze, "bench": bench}
+    verbs |= {"undo": undo, "push": push, "info": info, "report": report, "plan": plan, "analyze": analyze}
+    verbs |= {"sweep": sweep, "bench": bench}
     for name, verb in verbs.items():
-        commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
+        own = commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
+        if verb is analyze:
+            analyze.add_studies(own)
     chosen = parser.parse_args(normalise(argv))
     status: int = verbs[chosen.subcommand].run(chosen[chosen.subcommand])
     return status

@@ -26,6 +26,11 @@ class PlanSettings(TrainSettings):
         batches: training batches to time, spread evenly from the shortest to the longest; kept activations are those
             of the largest batch of all.
         rounds: timed steps per batch.
+        rank: auto suggests slice ranks from the features of the train rows instead of measuring costs.
+        tau: with rank=auto, the share of the features' variance that so many directions hold.
+        per_layer: with rank=auto, a rank for each layer; else one for all, the median.
+        calibration: with rank=auto, train rows to look at; n rows give ranks of at most n - 1.
+        rank_file: with rank=auto, a JSON file for the result.
     """
 
     modes: list[str] = field(default_factory=lambda: ["row", "column", "alternate"])
@@ -33,6 +38,11 @@ class PlanSettings(TrainSettings):
     memory: float | None = None
     batches: int = 4
     rounds: int = 3
+    rank: str | None = None
+    tau: float = 0.9
+    per_layer: bool = False
+    calibration: int = 256
+    rank_file: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,11 +56,17 @@ class PlanSettings(TrainSettings):
             raise ConfigError("modes=[]: name at least one mode.")
         if self.memory is not None and not self.memory > 0:
             raise ConfigError(f"memory={self.memory!r} must be positive: GiB.")
+        if self.rank not in (None, "auto"):
+            raise ConfigError(f"rank={self.rank!r}: expected auto; name ranks of your own with --ranks.")
+        if not 0 < self.tau <= 1:
+            raise ConfigError(f"tau={self.tau!r} must lie in (0, 1].")
+        if self.calibration < 2:
+            raise ConfigError(f"calibration={self.calibration!r} must be at least 2 rows.")
 
 
 def parser() -> ArgumentParser:
     """Options of `slicefine plan`."""
-    usage = "slicefine plan [--config RECIPE.yaml] [--modes [row,column]] [--ranks [5,12]] [--memory GIB]"
+    usage = "slicefine plan [--config RECIPE.yaml] [--modes [row,column]] [--ranks [5,12]] [--memory GIB] [--rank auto]"
     result = ArgumentParser(usage=usage, description="Measure what each mode and rank would cost, before a run.")
     result.add_argument("--config", action="config", help="Recipe in YAML, as for train; flags after it override it.")
     result.add_class_arguments(PlanSettings)
@@ -64,5 +80,10 @@ def run(chosen: Any) -> int:
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
+    if settings.rank is not None:
+        from ..training.rank import rank_plan
+
+        rank_plan(settings, settings.tau, settings.per_layer, settings.calibration, settings.rank_file)
+        return 0
     compare(settings, settings.modes, settings.ranks, settings.memory, settings.batches, settings.rounds)
     return 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,10 +20,14 @@ from ..geometry import Slice
 from ..state import same_base
 from .adapter import Adapter, LayerFile, first_line
 
-__all__ = ["Checkpoint", "find_checkpoint"]
+__all__ = ["Checkpoint", "find_checkpoint", "kind_of", "model_folder"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# tables that are looked up rather than multiplied, and heads over the vocabulary, by a part of the name
+_NOT_LAYERS = re.compile(r"embed|^wte$|^wpe$|^shared$|^lm_head$|^predictions$|relative_attention_bias")
+_TRANSPOSED_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # transformers' Conv1D: (in, out)
+_TRANSPOSED = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
 def find_checkpoint(adapter: Adapter, model: str | None = None) -> Path:
@@ -37,6 +44,19 @@ def find_checkpoint(adapter: Adapter, model: str | None = None) -> Path:
     revision = adapter.config.get("revision") if model is None else None
     if not name:
         raise AdapterFileError(f"{adapter.folder}: the adapter does not name its base model; give it with --model.")
+    return model_folder(name, revision)
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model's weights: a local one, or the Hugging Face hub's, whose weights are downloaded.
+
+    Args:
+        name: a folder or a name on the hub.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        AdapterFileError: if there is no such folder, and the hub has none or cannot be reached.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -51,6 +71,16 @@ def find_checkpoint(adapter: Adapter, model: str | None = None) -> Path:
             f"base model {name!r}: no such folder, and the hub does not give it ({first_line(error)}). Name "
             "the folder where its weights are (--model)."
         ) from error
+
+
+def kind_of(layer: str) -> str:
+    """What a layer is within its block: its name after the last number.
+
+    Example:
+        >>> kind_of("bert.encoder.layer.3.attention.self.query"), kind_of("pooler.dense")
+        ('attention.self.query', 'pooler.dense')
+    """
+    return re.split(r"(?:^|\.)\d+\.", layer)[-1]
 
 
 class Checkpoint:
@@ -108,6 +138,38 @@ class Checkpoint:
             )
         return found[0]
 
+    def linear_layers(self) -> tuple[list[str], list[str]]:
+        """The layers whose weight is a matrix that inputs are multiplied with, in the order of the blocks.
+
+        Only headers are read, so this goes by shape and name: two dimensions, ``NAME.weight``, and no part of the name
+        that says embedding or head over the vocabulary. Integers (quantised weights) and stacks of matrices are not
+        here.
+
+        Returns:
+            The layers' names, and those of matrices that were left out because of their names.
+
+        Raises:
+            AdapterFileError: if a file cannot be read, or lacks a tensor that the index names.
+        """
+        layers = [
+            key.removesuffix(".weight") for key in self._where if key.endswith(".weight") and self._is_matrix(key)
+        ]
+        layers.sort(key=_natural)
+        excluded = [name for name in layers if any(_NOT_LAYERS.search(part) for part in name.split("."))]
+        return [name for name in layers if name not in set(excluded)], excluded
+
+    def matrix(self, layer: str) -> Tensor:
+        """A layer's whole weight, ``(out, in)``, in fp32 or fp64; nothing else is read, and nothing is kept.
+
+        Raises:
+            AdapterFileError: if there is no such layer.
+        """
+        whole: Tensor = self._part(f"{layer}.weight")[:]
+        if whole.dtype != torch.float64:
+            whole = whole.float()
+        turned = self._model_type in _TRANSPOSED_MODELS and layer.rpartition(".")[2] in _TRANSPOSED
+        return whole.t() if turned else whole
+
     def originals(self, name: str, layer: LayerFile) -> dict[Slice, Tensor]:
         """What the base holds in each slice of a layer, as lines, in the precision that it had in training.
 
@@ -115,7 +177,7 @@ class Checkpoint:
             AdapterFileError: if the weight has another shape or other values than it had then.
         """
         key = self.key(name)
-        part = self._open(key).get_slice(key)
+        part = self._part(key)
         shape = tuple(part.get_shape())
         if shape != (layer.shape[::-1] if layer.transposed else layer.shape):
             raise AdapterFileError(
@@ -132,6 +194,30 @@ class Checkpoint:
                 "own base model."
             )
         return {block: _lines(part, block, layer) for block in layer.values}
+
+    def _is_matrix(self, key: str) -> bool:
+        part = self._part(key)
+        return len(part.get_shape()) == 2 and "F" in part.get_dtype()
+
+    @cached_property
+    def _model_type(self) -> str | None:
+        config = self.folder / "config.json"
+        if not config.is_file():
+            return None
+        try:
+            kind: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise AdapterFileError(f"{config}: not a readable model configuration ({error}).") from error
+        return kind
+
+    def _part(self, key: str) -> Any:
+        if key not in self._where:
+            raise AdapterFileError(f"{self.folder}: there is no tensor {key!r}; it has {', '.join(self.names()[:5])}.")
+        try:
+            return self._open(key).get_slice(key)
+        except SafetensorError as error:
+            where = self.folder / self._where[key]
+            raise AdapterFileError(f"{where}: tensor {key!r} cannot be read ({error}).") from error
 
     def _open(self, key: str) -> Any:
         name = self._where[key]
@@ -158,6 +244,11 @@ class Checkpoint:
             )
         self._files[_SINGLE] = self._stack.enter_context(_open(self.folder / _SINGLE))
         return dict.fromkeys(self._files[_SINGLE].keys(), _SINGLE)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """``layer.2`` before ``layer.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _lines(part: Any, block: Slice, layer: LayerFile) -> Tensor:

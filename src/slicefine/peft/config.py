@@ -68,7 +68,9 @@ class SliceFineConfig(PeftConfig):
             theirs stay as they are.
         share: ``[i, n]``: train the i-th of n parts of the positions (i from 0); n runs with otherwise the same
             settings can go in parallel and be put together (`slicefine compose`).
-        seed: of random positions, masks and windows.
+        start_values: what a slice starts from at its first visit: ``"pretrained"``, or, to study that, ``"zero"``,
+            ``"xavier"``, ``"kaiming"`` or ``"lecun"``.
+        seed: of random positions, masks, windows and start values.
         save_values: what a file holds of the last slice: ``"master"`` (its fp32 master, from which training goes on
             exactly) or ``"base"`` (the base's precision, as of all finished slices; smaller over half precision).
         history: how many moves can be undone.
@@ -106,6 +108,7 @@ class SliceFineConfig(PeftConfig):
     window_dwell: Any = field(default="uniform", metadata={"help": "uniform, top-heavy, or visits per window."})
     reserve: Any = field(default=None, metadata={"help": "Adapters (folders) to keep out of, or their slices."})
     share: list[int] | None = field(default=None, metadata={"help": "[i, n]: part i of n of the positions."})
+    start_values: str = field(default="pretrained", metadata={"help": "pretrained, zero, xavier, kaiming or lecun."})
     seed: int = field(default=0, metadata={"help": "Seed of random positions, masks and windows."})
     save_values: str = field(default="master", metadata={"help": "master or base: the last slice in a file."})
     history: int = field(default=8, metadata={"help": "How many moves can be undone."})
@@ -179,7 +182,18 @@ class SliceFineConfig(PeftConfig):
             raise ConfigError(f"share={self.share!r}: expected [i, n]: part i of n, counted from 0.")
         share = None if self.share is None else (self.share[0], self.share[1])
         visits = share_visits(self.mode, share, self.move_settings())
-        return Schedule(self.mode, row, column, positions, self.mask_fraction, self.seed, reserve, share, visits)
+        return Schedule(
+            self.mode,
+            row,
+            column,
+            positions,
+            self.mask_fraction,
+            self.seed,
+            reserve,
+            share,
+            visits,
+            self.start_values,
+        )
 
     def move_settings(self) -> MoveSettings:
         """When to move, and the policy for optimizer state."""

@@ -67,6 +67,7 @@ class Opened:
         labels: class numbers or targets of the rows, on the CPU.
         layers: names of the linear layers that were chosen; a new head has nothing pretrained and is not among them.
         class_count: classes of a classification task; None for others.
+        new_modules: modules with random weights, which the checkpoint did not have: the head.
     """
 
     model: Any
@@ -74,6 +75,7 @@ class Opened:
     labels: torch.Tensor
     layers: list[str]
     class_count: int | None
+    new_modules: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -132,7 +134,7 @@ def open_model(settings: StudySettings) -> Opened:
     count = None if joined.is_floating_point() or labels.dim() != 1 else int(model.config.num_labels)
     new = tuple(f"{module}." for module in loaded.new_modules)
     layers = [name for name in match_layers(model, settings.target_modules) if not f"{name}.".startswith(new or "\0")]
-    return Opened(model, batches, joined, layers, count)
+    return Opened(model, batches, joined, layers, count, list(loaded.new_modules))
 
 
 def block_names(model: Any) -> list[str]:

@@ -50,6 +50,8 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
         return _from_config(auto, settings, config)
     assert settings.path is not None
     path = resolve_path(settings.path)
+    if settings.attention is not None:
+        config["attn_implementation"] = settings.attention
     try:
         model, info = auto.from_pretrained(
             path,
@@ -60,7 +62,7 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
             output_loading_info=True,
             **config,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
             f"model.path={settings.path!r} cannot be loaded as {auto.__name__}: {error} Check the name, the network, "
             "and that the model fits the task."

@@ -23,6 +23,7 @@ class ModelSettings:
         dtype: float32, bfloat16, float16 or auto (as stored).
         dropout: rate of all dropout in the pretrained model while it trains; null leaves the model's own. 0 by
             default: in short runs on cola slices and LoRA learned more without (docs/results/accuracy.md).
+        attention: eager, sdpa, or another implementation that transformers knows; null is the model's own.
         config: train from scratch: a configuration with its model_type instead of pretrained weights.
         tokenizer: hub id or folder of the tokenizer, if it is not the model's own.
     """
@@ -32,6 +33,7 @@ class ModelSettings:
     trust_remote_code: bool = False
     dtype: str = "float32"
     dropout: float | None = 0.0
+    attention: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
 

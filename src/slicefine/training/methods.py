@@ -10,11 +10,20 @@ import torch
 from ..errors import ConfigError
 from ..tasks.base import Loaded, Prepared, Task
 from ..tuner import linear_names
-from .settings import TrainSettings
+from .settings import SliceSettings, TrainSettings
 
-__all__ = ["is_adapter", "make_trainable", "new_parameters", "tensor_counts", "train_batches", "typical_batches"]
+__all__ = [
+    "ENERGY_BATCHES",
+    "is_adapter",
+    "make_trainable",
+    "measured_positions",
+    "new_parameters",
+    "tensor_counts",
+    "train_batches",
+    "typical_batches",
+]
 
-_ENERGY_BATCHES = 8  # with 64, 97% of the first nine blocks are the same (docs/results/accuracy.md)
+ENERGY_BATCHES = 8  # with 64, 97% of the first nine blocks are the same (docs/results/accuracy.md)
 
 
 def is_adapter(settings: TrainSettings) -> bool:
@@ -37,7 +46,7 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared
     from peft import get_peft_model
 
     if name == "slicefine":
-        config = _slice_config(loaded, task, settings, _positions(loaded, settings, prepared))
+        config = _slice_config(loaded, task, settings, measured_positions(loaded, settings, prepared))
     else:
         config = _lora_config(loaded, task, settings)
     try:
@@ -144,32 +153,51 @@ def _common(loaded: Loaded, task: Task, settings: TrainSettings) -> dict[str, An
     }
 
 
-def _positions(loaded: Loaded, settings: TrainSettings, prepared: Prepared) -> Any:
-    """Starts in the order of input energy, from a few training batches, where column slices are to have them."""
+def measured_positions(loaded: Loaded, settings: TrainSettings, prepared: Prepared) -> Any:
+    """The settings' positions; starts by energy or importance are measured on a few training batches."""
     chosen = settings.slice
-    if not chosen.by_energy:
+    if not chosen.measured:
         return chosen.positions
-    if chosen.mode not in ("column", "alternate"):
-        return "sweep"  # rows see the whole input, and masks are drawn
+    if chosen.mode == "random_mask" or (chosen.positions == "energy" and chosen.mode == "row"):
+        return "sweep"  # masks are drawn, and rows see the whole input
     from accelerate.utils import broadcast_object_list
-    from peft.utils.other import get_pattern_key
 
+    batches = train_batches(loaded, settings, prepared, ENERGY_BATCHES)
+    if chosen.positions == "energy":
+        positions = _by_energy(loaded.model, batches, chosen)
+    else:
+        from .importance import positions_by_importance
+
+        positions = positions_by_importance(loaded, settings, prepared, lambda name: _ranks(chosen, name))
+    first: dict[str, dict[str, list[int]]] = broadcast_object_list([positions])[0]  # the same in every process
+    return first
+
+
+def _by_energy(model: Any, batches: Iterator[dict[str, Any]], chosen: SliceSettings) -> dict[str, dict[str, list[int]]]:
     from ..energy import energy_positions
 
-    batches = train_batches(loaded, settings, prepared, _ENERGY_BATCHES)
-    rank = chosen.r if chosen.r_column is None else chosen.r_column
-    patterns = chosen.rank_pattern
-    positions = energy_positions(
-        loaded.model,
+    return energy_positions(
+        model,
         batches,
-        r=lambda name: patterns.get(get_pattern_key(list(patterns), name), rank),
+        r=lambda name: _ranks(chosen, name)[1],
         target_modules=chosen.target_modules or "all-linear",
         # an interval's number of moves is not known here
         # and with others to keep out of, all positions are needed to choose from
         visits=None if chosen.interval is not None or chosen.moves is None or chosen.reserve else chosen.moves + 1,
     )
-    first: dict[str, dict[str, list[int]]] = broadcast_object_list([positions])[0]  # the same in every process
-    return first
+
+
+def _ranks(chosen: SliceSettings, name: str) -> tuple[int, int]:
+    """Rank of a layer's row and column slices."""
+    from peft.utils.other import get_pattern_key
+
+    own = chosen.rank_pattern.get(get_pattern_key(list(chosen.rank_pattern), name))
+    if own is not None:
+        return own, own
+    return (
+        chosen.r if chosen.r_row is None else chosen.r_row,
+        chosen.r if chosen.r_column is None else chosen.r_column,
+    )
 
 
 def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings, positions: Any) -> Any:
@@ -183,6 +211,7 @@ def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings, positions
         r_row=chosen.r_row,
         r_column=chosen.r_column,
         positions=positions,
+        start_values=chosen.start_values,
         mask_fraction=chosen.mask_fraction,
         moves=chosen.moves,
         interval=chosen.interval,

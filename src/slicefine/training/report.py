@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     cuda = torch.cuda.is_available()
     return {
+        "date": date.today().isoformat(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),

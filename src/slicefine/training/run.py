@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from ..files.writing import atomic_folder
 from ..plots import draw_run
+from .backbone import with_changed_backbone
 from .folders import RESULTS, RunFolder, open_folder
 from .plan import make_plan, print_plan
 from .report import environment, peak_memory, print_report, run_counts, write_json
@@ -51,7 +52,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> dict[str, 
         return {"counts": plan.counts, "steps": plan.total_steps, "moves": plan.moves}
     folder = open_folder(settings)
     with folder.clean_up():
-        session = build(settings)
+        session = build(with_changed_backbone(settings, folder.path, folder.checkpoint is not None))
         return _run(session, folder, console)
 
 

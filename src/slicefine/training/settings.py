@@ -6,18 +6,30 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from ..initial import START_VALUES
 from ..mover import MoveSettings
 from ..schedule import POSITIONS, Schedule
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
 from ..tuner import share_visits
 from ..window import make_window
 
-__all__ = ["LEARNING_RATES", "METHODS", "MethodSettings", "SliceSettings", "TrainSettings", "TrainingSettings"]
+__all__ = [
+    "BackboneSettings",
+    "LEARNING_RATES",
+    "LotterySettings",
+    "METHODS",
+    "MethodSettings",
+    "SliceSettings",
+    "TrainSettings",
+    "TrainingSettings",
+]
 
 METHODS = ("slicefine", "lora", "full", "head")
 # used when a recipe names none; slices and adapters need 10 to 100 times the rate of full fine-tuning
 LEARNING_RATES = {"slicefine": 3e-3, "lora": 5e-4, "full": 5e-5, "head": 5e-3}
 _EVERY = ("epoch", "steps", "no")
+_MEASURED = ("energy", "most", "least", "mixed")
+_IMPORTANCE = ("wanda", "lottery")
 
 
 @dataclass
@@ -44,6 +56,31 @@ class MethodSettings:
 
 
 @dataclass
+class LotterySettings:
+    """Iterative magnitude pruning with rewind (Frankle & Carbin 2019), before a run, on the run's own train batches.
+
+    Args:
+        rounds: of training all weights, pruning, and going back to the pretrained values.
+        steps: optimizer steps per round.
+        share: of the living weights that each round prunes.
+        learning_rate: of AdamW, for all weights.
+    """
+
+    rounds: int = 3
+    steps: int = 50
+    share: float = 0.3
+    learning_rate: float = 5e-5
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.steps < 1:
+            raise ConfigError(f"slice.lottery: rounds={self.rounds} and steps={self.steps} must be at least 1.")
+        if not 0 < self.share < 1 or not self.learning_rate > 0:
+            raise ConfigError(
+                f"slice.lottery: share={self.share} must lie in (0, 1), learning_rate={self.learning_rate} above 0."
+            )
+
+
+@dataclass
 class SliceSettings:
     """The slice: how large, where, and when it moves. `target_modules` and `exclude_modules` serve LoRA as well.
 
@@ -53,7 +90,12 @@ class SliceSettings:
         r_row: rank of row slices; None is r.
         r_column: rank of column slices; None is r.
         positions: energy (columns in the order of their input's energy on a few training batches, rows as in sweep),
-            sweep, random, fixed, or a list of start indices.
+            sweep, random, fixed, most, least or mixed (by importance, for rows and columns), a list of start indices,
+            or {layer: {"row" or "column": starts}}.
+        importance: what most, least and mixed go by: wanda (weight times input norm on a few training batches), or
+            lottery (the share of a slice that survives iterative magnitude pruning; see lottery).
+        lottery: how the lottery ticket is drawn.
+        start_values: what a slice starts from at its first visit: pretrained, zero, xavier, kaiming or lecun.
         mask_fraction: budget of random_mask as a fraction; None is the count of a row slice of rank r.
         moves: number of moves, spread evenly over the run.
         interval: optimizer steps between moves; overrides moves.
@@ -77,7 +119,10 @@ class SliceSettings:
     mode: str = "column"
     r_row: int | None = None
     r_column: int | None = None
-    positions: str | list[int] = "energy"
+    positions: str | list[int] | dict[str, dict[str, list[int]]] = "energy"
+    importance: str = "wanda"
+    lottery: LotterySettings = field(default_factory=LotterySettings)
+    start_values: str = "pretrained"
     mask_fraction: float | None = None
     moves: int | None = 8
     interval: int | None = None
@@ -97,13 +142,16 @@ class SliceSettings:
 
     def __post_init__(self) -> None:
         row, column = self.r if self.r_row is None else self.r_row, self.r if self.r_column is None else self.r_column
-        if isinstance(self.positions, str) and self.positions not in ("energy", *POSITIONS):
-            known = ", ".join(("energy", *POSITIONS))
+        if isinstance(self.positions, str) and self.positions not in (*_MEASURED, *POSITIONS):
+            known = ", ".join((*_MEASURED, *POSITIONS))
             raise ConfigError(f"slice.positions={self.positions!r} is unknown; expected {known}, or a list of starts.")
-        if self.share is not None and self.by_energy:
+        if self.importance not in _IMPORTANCE:
+            known = ", ".join(_IMPORTANCE)
+            raise ConfigError(f"slice.importance={self.importance!r} is unknown; expected one of {known}.")
+        if self.share is not None and self.measured:
             raise ConfigError(
-                "slice.share: the order of positions=energy differs between runs, so that their parts would meet; "
-                "choose slice.positions=sweep or random."
+                f"slice.share: the order of positions={self.positions} differs between runs, so that their parts would "
+                "meet; choose slice.positions=sweep or random."
             )
         if self.share is not None and len(self.share) != 2:
             raise ConfigError(f"slice.share={self.share!r}: expected [i, n]: part i of n, counted from 0.")
@@ -112,19 +160,58 @@ class SliceSettings:
             moves = MoveSettings(
                 self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps, window
             )
-            positions = "sweep" if self.by_energy else self.positions
+            positions = "sweep" if self.measured else self.positions
             share = None if self.share is None else (self.share[0], self.share[1])
             visits = share_visits(self.mode, share, moves)
-            Schedule(self.mode, row, column, positions, self.mask_fraction, share=share, share_visits=visits)
+            Schedule(
+                self.mode,
+                row,
+                column,
+                positions,
+                self.mask_fraction,
+                share=share,
+                share_visits=visits,
+                start_values=self.start_values,
+            )
             if self.reserve and self.mode == "random_mask":
                 raise ConfigError("mode='random_mask' draws entries all over the matrix; reserve= needs slices.")
         except ConfigError as error:
             raise ConfigError(f"slice: {error}") from error
 
     @property
-    def by_energy(self) -> bool:
+    def measured(self) -> bool:
         """Whether positions wait for a look at the data."""
-        return self.positions == "energy"
+        return isinstance(self.positions, str) and self.positions in _MEASURED
+
+
+@dataclass
+class BackboneSettings:
+    """What is done to the pretrained model before it is frozen, to study what slices need of it (Appendix D).
+
+    The changed model is written into the run's folder as ``base/``, and the adapter belongs to that one.
+
+    Args:
+        prune: share of the weights that become zero, by magnitude over the whole model; biases, norms, and the slices
+            that the run will train are kept.
+        reinitialise: new random weights instead of the pretrained ones: xavier, kaiming or lecun.
+        seed: of the new weights.
+    """
+
+    prune: float = 0.0
+    reinitialise: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune <= 1:
+            raise ConfigError(f"backbone.prune={self.prune!r} must lie in [0, 1]: the share that becomes zero.")
+        if self.reinitialise not in (None, *START_VALUES[2:]):
+            known = ", ".join(START_VALUES[2:])
+            raise ConfigError(f"backbone.reinitialise={self.reinitialise!r} is unknown; expected one of {known}.")
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is done at all."""
+        return self.prune > 0 or self.reinitialise is not None
 
 
 @dataclass
@@ -225,6 +312,7 @@ class TrainSettings:
         task: the task.
         method: how to fine-tune.
         slice: the slice.
+        backbone: what is done to the pretrained weights first.
         training: the optimization.
         output: folder for the results; None makes a new one below runs/.
         overwrite: replace the results of an earlier run in that folder.
@@ -240,6 +328,7 @@ class TrainSettings:
     task: TaskSettings = field(default_factory=TaskSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     slice: SliceSettings = field(default_factory=SliceSettings)
+    backbone: BackboneSettings = field(default_factory=BackboneSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     output: str | None = None
     overwrite: bool = False
@@ -251,6 +340,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.resume is True and self.output is None:
             raise ConfigError("resume=true needs output, the folder of the run to go on with; or give resume=FOLDER.")
+        if self.backbone.changed and self.model.config is not None:
+            raise ConfigError("backbone: model.config starts from random weights; there is no backbone to change.")
         if self.model.config is not None and self.method.name != "full":
             raise ConfigError(
                 f"model.config starts from random weights, which method.name={self.method.name} would leave mostly "

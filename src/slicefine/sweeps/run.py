@@ -1,0 +1,203 @@
+"""Run what a sweep still lacks: in worker processes, one JSON file per run, written when the run is over."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import ConfigError, DataError
+from .settings import Cell, Run, SweepSettings, cells, runs_of, train_settings
+
+__all__ = ["Outcome", "run_sweep", "stored"]
+
+Outcome = dict[str, Any]  # what `slicefine train` reports, and the run's place in the sweep
+
+
+def run_sweep(settings: SweepSettings, folder: Path, console: Console) -> list[Outcome]:
+    """Make every run that has no result yet; tuning first, then the other seeds with what was best.
+
+    Args:
+        settings: the recipe.
+        folder: results are in ``folder/runs``.
+        console: for one line per run.
+
+    Returns:
+        The outcomes of the chosen tuned values, one per cell and seed that could be run.
+
+    Raises:
+        ConfigError: for a setting that is wrong, before anything runs.
+    """
+    grid = cells(settings)
+    for cell in grid:  # all are checked before the first one starts
+        for run in runs_of(settings, cell, settings.seeds[0]):
+            train_settings(run.recipe)
+    first, others = settings.seeds[0], settings.seeds[1:]
+    deadline = None if settings.seconds is None else time.monotonic() + settings.seconds
+    with _Pool(settings, folder, console, deadline) as pool:
+        leaders = _leaders(settings, grid)
+        pool.make(run for cell in dict.fromkeys(leaders.values()) for run in runs_of(settings, cell, first))
+        chosen = {cell: _best(settings, folder, leaders[cell], first) for cell in grid}
+        rest = [
+            run
+            for seed in (first, *others)
+            for cell in grid
+            for run in runs_of(settings, cell, seed)
+            if run.tuned == chosen[cell]
+        ]
+        pool.make(rest)
+    return [outcome for run in rest if (outcome := stored(folder, run)) is not None]
+
+
+def stored(folder: Path, run: Run) -> Outcome | None:
+    """The result of a run, or None if it has none (or failed)."""
+    path = folder / "runs" / f"{run.key}.json"
+    if not path.is_file():
+        return None
+    try:
+        outcome: Outcome = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON ({error}); remove it to make the run again.") from error
+    return None if "error" in outcome else outcome
+
+
+def _leaders(settings: SweepSettings, grid: list[Cell]) -> dict[Cell, Cell]:
+    """The cell that each one takes its tuned values from: the first with the same labels of ``tune_per``."""
+    if settings.tune_per is None:
+        return {cell: cell for cell in grid}
+    first: dict[tuple[str, ...], Cell] = {}
+    for cell in grid:
+        first.setdefault(tuple(cell.label(axis) for axis in settings.tune_per), cell)
+    return {cell: first[tuple(cell.label(axis) for axis in settings.tune_per)] for cell in grid}
+
+
+def _best(settings: SweepSettings, folder: Path, cell: Cell, seed: int) -> tuple[tuple[str, Any], ...] | None:
+    """The tuned values with the best validation metric; None where no run of the cell succeeded."""
+    found = [(run, stored(folder, run)) for run in runs_of(settings, cell, seed)]
+    finished = [(run, outcome) for run, outcome in found if outcome is not None]
+    if not finished:
+        return None
+    return max(finished, key=lambda pair: pair[1]["score"])[0].tuned
+
+
+class _Pool:
+    """Worker processes that make runs, at most as many as asked for, until the deadline."""
+
+    def __init__(self, settings: SweepSettings, folder: Path, console: Console, deadline: float | None) -> None:
+        self.settings, self.folder, self.console, self.deadline = settings, folder, console, deadline
+        self.left = settings.limit
+        self.executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def make(self, runs: Iterable[Run]) -> None:
+        """Make those of the runs that have no result."""
+        lacking = [run for run in runs if stored(self.folder, run) is None]
+        if self.left is not None:
+            lacking = lacking[: self.left]
+            self.left -= len(lacking)
+        if not lacking:
+            return
+        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        for done, (run, outcome) in enumerate(self._outcomes(iter(lacking)), start=1):
+            spent = time.monotonic() - began
+            shown = f"failed: {outcome['error']}" if "error" in outcome else f"{outcome['score']:.4f}"
+            left = spent / done * (len(lacking) - done)
+            line = f"{done}/{len(lacking)}  {run.key}  {shown}  ({spent:.0f} s, about {left:.0f} s left)"
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def _outcomes(self, runs: Iterator[Run]) -> Iterator[tuple[Run, Outcome]]:
+        if self.executor is None:
+            context = multiprocessing.get_context("spawn")
+            numbers = context.Queue()
+            for number in range(self.settings.workers):
+                numbers.put(number)
+            workers = self.settings.workers
+            self.executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(numbers, workers))
+        waiting: dict[Future[Outcome], Run] = {}
+        more = True
+        while more or waiting:
+            while more and len(waiting) < self.settings.workers:
+                run = None if self._late() else next(runs, None)
+                more = run is not None
+                if run is not None:
+                    place = str(self.folder / "folders" / run.key) if self.settings.keep else None
+                    facts = {
+                        "key": run.key,
+                        "labels": dict(run.cell.labels),
+                        "seed": run.seed,
+                        "tuned": dict(run.tuned),
+                    }
+                    job = (run.recipe, facts, str(self.folder / "runs" / f"{run.key}.json"), place)
+                    waiting[self.executor.submit(_execute, *job)] = run
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                yield waiting.pop(future), future.result()
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def _prepare(numbers: Any, workers: int) -> None:
+    """In each worker: its own device, and its share of the cores."""
+    number = numbers.get()
+    devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    import torch
+
+    count = len(devices) or torch.cuda.device_count()
+    if count > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % count] if devices else str(number % count)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    from ..training.screen import quiet_libraries
+
+    quiet_libraries()
+
+
+def _execute(recipe: dict[str, Any], facts: Outcome, path: str, place: str | None) -> Outcome:
+    """One run in a worker: train, and write the result file; an error becomes its result."""
+    import warnings
+
+    from ..training.report import write_json
+    from ..training.run import train
+
+    warnings.filterwarnings("ignore", message="SliceFine")  # a plan that moves less than asked for: the file says so
+    folder = place or tempfile.mkdtemp(prefix="slicefine-")
+    verify = recipe.get("verify", False)
+    settings = replace(train_settings(recipe), output=folder, overwrite=True, quiet=True, verify=verify)
+    try:
+        report = train(settings)
+        name = report["metric"]
+        if "validation" not in report["after"]:
+            raise DataError("a sweep compares on validation, and there is none; set data.validation_fraction.")
+        score = report["after"]["validation"][name]
+        better = score if _more_is_better(settings) else -score
+        outcome = {**facts, "score": better, "value": score, "recipe": recipe, **report}
+    except Exception as error:  # one bad run must not end the sweep; its file says what happened
+        outcome = {**facts, "error": f"{type(error).__name__}: {error}", "recipe": recipe}
+    finally:
+        if place is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    write_json(Path(path), outcome)
+    return outcome
+
+
+def _more_is_better(settings: Any) -> bool:
+    from ..tasks import get_task
+    from ..training.session import main_metric
+
+    return main_metric(get_task(settings.task, settings.model, settings.data), settings)[1]
