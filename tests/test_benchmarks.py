@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from cli_helpers import SHARED
+from cli_helpers import SHARED, save_bert, save_reviews
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +66,28 @@ def test_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert reserved["largest difference of logits with them off"] == {"mrpc": 0.0, "sst2": 0.0}
     assert continued["largest difference of logits with them off"] == {"all later ones": 0.0}
     assert reserved["composed"].keys() == {"cola", "mrpc", "sst2"}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_planner_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, data = save_bert(tmp_path / "bert"), save_reviews(tmp_path / "reviews")
+    content = {
+        "base": {"model": {"path": model}, "data": {"path": data}, "slice": {"mode": "alternate"}},
+        "vary": {"task": {"a": {}, "b": {}}, "rank": {"0": {"method.name": "head"}, "1": {"slice.r": 1}, "4": {}}},
+        "view": {"rows": "task"},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    values = {"a": {"0": 0.5, "1": 0.8, "4": 0.805}, "b": {"0": 0.5, "1": 0.6, "4": 0.7}}
+    index = [
+        {"labels": {"task": task, "rank": rank}, "mean": value, "deviation": 0.001}
+        for task, own in values.items()
+        for rank, value in own.items()
+    ]
+    (tmp_path / "index.json").write_text(json.dumps({"cells": index}))
+    words = ["--sweep", str(tmp_path / "sweep.yaml"), "--results", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["planner_rank.py", *words, "--taus", "0.9", "--examples", "16"])
+    runpy.run_path(str(ROOT / "benchmarks" / "planner_rank.py"), run_name="__main__")
+    found = json.loads((tmp_path / "planner_rank.json").read_text())
+    assert [row["saturation"] for row in found["tasks"]] == [1, 4]
+    assert all(1 <= row["planned"]["0.9"]["column"] <= 15 for row in found["tasks"])
+    assert (tmp_path / "planner_rank.png").is_file()

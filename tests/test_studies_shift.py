@@ -218,6 +218,17 @@ def test_a_checkpoint_with_a_head_for_as_many_classes_is_a_base_for_kl(
     assert torch.equal(pair.base.state_dict()["classifier.weight"], head)
 
 
+def test_a_run_with_other_classes_lends_its_blocks_alone(runs: dict[str, str], tmp_path: Path):
+    write_rows(
+        tmp_path / "data/train.jsonl", [{"text": f"{'good ' * (1 + i % 3)}film", "label": i % 3} for i in range(9)]
+    )
+    changes = {"method__name": "head", "training__epochs": 1, "data__validation_fraction": 0.0}
+    train(recipe(runs["bert"], str(tmp_path / "data"), tmp_path / "three", **changes))
+    pair = open_pair("slices", runs["slices"], settings(runs, "slices", base=str(tmp_path / "three")))
+    assert not pair.own_head
+    assert torch.equal(pair.base.classifier.weight, pair.tuned.classifier.weight)
+
+
 def test_the_kernel_is_the_sum_over_classes_and_weights(runs: dict[str, str]):
     chosen = settings(runs, "again", ntk_rows=3)
     pair = open_pair("again", runs["again"], chosen)

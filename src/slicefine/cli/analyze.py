@@ -19,6 +19,7 @@ STUDIES: dict[str, str] = {
     "shift": "shift",
     "importance": "importance",
     "winners": "winners",
+    "overlap": "overlap",
 }
 
 

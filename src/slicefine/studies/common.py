@@ -14,11 +14,21 @@ from rich.table import Table
 from ..charts import Chart, plain
 from ..errors import ConfigError, DataError
 from ..plots import save_chart
+from ..tasks.base import Prepared
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
 from ..tuner import match_layers
 from ..window import block_paths
 
-__all__ = ["Opened", "Result", "StudySettings", "block_names", "open_model", "publish"]
+__all__ = [
+    "Opened",
+    "Result",
+    "StudySettings",
+    "block_names",
+    "draw_batches",
+    "find_device",
+    "open_model",
+    "publish",
+]
 
 
 @dataclass
@@ -118,15 +128,9 @@ def open_model(settings: StudySettings) -> Opened:
     set_seed(settings.seed)
     loaded = task.load()
     prepared = task.prepare({settings.split: splits[settings.split]}, loaded)
-    device = _device(settings.device)
+    device = find_device(settings.device)
     model = loaded.model.to(device).eval()
-    rows = prepared.splits[settings.split]
-    picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))[: settings.samples]
-    order = picked.tolist()
-    batches = []
-    for at in range(0, len(order), settings.batch_size):
-        batch = prepared.collator([rows[i] for i in order[at : at + settings.batch_size]])
-        batches.append({name: value.to(device) for name, value in batch.items()})
+    batches = draw_batches(prepared, settings, device)
     if "labels" not in batches[0]:
         raise DataError(f"data.path={settings.data.path!r}: rows without labels cannot be studied.")
     labels = batches[0]["labels"]
@@ -135,6 +139,16 @@ def open_model(settings: StudySettings) -> Opened:
     new = tuple(f"{module}." for module in loaded.new_modules)
     layers = [name for name in match_layers(model, settings.target_modules) if not f"{name}.".startswith(new or "\0")]
     return Opened(model, batches, joined, layers, count, list(loaded.new_modules))
+
+
+def draw_batches(prepared: Prepared, settings: StudySettings, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The rows that a study looks at, drawn with its seed, as batches on the device."""
+    rows = prepared.splits[settings.split]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    order = order[: settings.samples]
+    groups = [order[at : at + settings.batch_size] for at in range(0, len(order), settings.batch_size)]
+    collated = [prepared.collator([rows[i] for i in group]) for group in groups]
+    return [{name: value.to(device) for name, value in batch.items()} for batch in collated]
 
 
 def block_names(model: Any) -> list[str]:
@@ -179,7 +193,12 @@ def publish(result: Result, output: str | None, console: Console | None = None, 
     return files
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """The device of that name; for None an accelerator, if there is one.
+
+    Raises:
+        ConfigError: if it cannot be used.
+    """
     if name is None:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:

@@ -27,11 +27,11 @@ class Case:
 
     Attributes:
         place: where features are taken: the mean over the layer's positions, all of them, or the logits.
-        what: row, column, LoRA, or a slice with as many entries as the LoRA.
+        what: row, column, LoRA; a wide row or column has about as many entries as the LoRA.
         layer: its name.
         example: number of the example.
         entries: trainable ones.
-        k: directions of the task subspace.
+        k: directions of the task subspace, those of all positions together.
         gamma: smallest singular value of U_k^T J.
         beta: largest one of the rest of J.
         rank: of U_k^T J.
@@ -86,7 +86,7 @@ class Reach:
         return layer_overlap(inputs, self.block, subspace)
 
     def part(self, whole: Tensor) -> Tensor:
-        """Jacobian or gradient from that of the whole weight: ``(outputs, rows, columns)`` to ``(outputs, entries)``."""
+        """``(outputs, entries)``, from the Jacobian of the whole weight, ``(outputs, rows, columns)``."""
         if self.factor is not None:
             return lora_jacobian(whole, self.factor)
         assert self.block is not None
@@ -140,8 +140,8 @@ def reaches(layer: str, shape: tuple[int, int], r: int, positions: int, lora_ran
     wanted = [
         ("row", "row", r, positions),
         ("column", "column", r, positions),
-        ("row, LoRA's entries", "row", round(entries / columns), 1),
-        ("column, LoRA's entries", "column", round(entries / rows), 1),
+        ("wide row", "row", round(entries / columns), 1),
+        ("wide column", "column", round(entries / rows), 1),
     ]
     found = []
     for what, axis, width, count in wanted:
@@ -180,7 +180,8 @@ def layer_cases(own: Sequence[Reach], examples: Sequence[Example], subspace: Ten
             ):
                 met = reach.overlap(inputs, subspace)
                 made = certificate(met, gradient, subspace, measured)
-                found.append(_case(place, reach, example, subspace.shape[1], met, made))
+                count = subspace.shape[1] * (len(inputs) if inputs.dim() == 2 else 1)
+                found.append(_case(place, reach, example, count, met, made))
     return found
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean
 
 import torch
@@ -55,7 +56,7 @@ def falls(values: Sequence[float | None]) -> int:
         1
     """
     known = [value for value in values if value is not None]
-    return sum(after < before for before, after in zip(known, known[1:], strict=False))
+    return sum(after < before for before, after in pairwise(known))
 
 
 def measure_pruning(

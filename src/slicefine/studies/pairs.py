@@ -15,7 +15,7 @@ from ..files.adapter import find_adapter
 from ..tasks.base import Loaded, get_task
 from ..tasks.settings import Columns, DataSettings, ModelSettings, TaskSettings
 from ..tuner import match_layers
-from .common import _device, block_names
+from .common import block_names, draw_batches, find_device
 
 __all__ = ["Pair", "open_pair", "pair_names", "run_folders"]
 
@@ -111,7 +111,7 @@ def open_pair(name: str, folder: str, settings: Any) -> Pair:
     own_head = own_head and _same_outputs(tuned, base, heads)
     for head in () if own_head else heads:
         base.set_submodule(head, copy.deepcopy(tuned.get_submodule(head)))
-    device = _device(settings.device)
+    device = find_device(settings.device)
     batches = _batches(trained, settings.data or trained.data, settings, device)
     return Pair(
         name=name,
@@ -214,10 +214,4 @@ def _batches(trained: Any, data: DataSettings, settings: Any, device: torch.devi
     chosen = {settings.split: splits[settings.split]}
     trained.task.read(chosen)
     prepared = trained.task.prepare(chosen, trained.loaded)
-    rows = prepared.splits[settings.split]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed))[
-        : settings.samples
-    ].tolist()
-    groups = [order[at : at + settings.batch_size] for at in range(0, len(order), settings.batch_size)]
-    collated = [prepared.collator([rows[i] for i in group]) for group in groups]
-    return [{name: value.to(device) for name, value in batch.items()} for batch in collated]
+    return draw_batches(prepared, settings, device)

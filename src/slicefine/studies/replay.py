@@ -21,8 +21,8 @@ class Replay:
     """A model's mean loss over fixed batches; blocks that do not depend on what changes give what they gave before.
 
     A block below the changed layer has the same outputs as before, so that its forward can be skipped. This holds for
-    models whose blocks follow each other and keep no state; it is tested on the first batch, and all blocks are run if
-    it does not hold.
+    models whose blocks run once each, one after the other, and keep no state; that is tested, and all blocks are run
+    if it does not hold.
 
     Args:
         model: in evaluation mode.
@@ -33,7 +33,8 @@ class Replay:
     def __init__(self, model: nn.Module, batches: Sequence[dict[str, Tensor]], keep: int = 64) -> None:
         self.model, self.batches = model, list(batches)
         self.blocks = _blocks(model)
-        self._kept = [_outputs(model, batch, self.blocks) for batch in self.batches[:keep]] if self.blocks else []
+        self._keep = keep
+        self._kept = self._run()
         self._weights = [len(batch["labels"]) / sum(len(b["labels"]) for b in self.batches) for batch in self.batches]
         self.skips = bool(self._kept) and self._same()
 
@@ -88,7 +89,7 @@ class Replay:
             parameter.requires_grad_(flag)
             parameter.grad = None
         if below < len(self.blocks):  # what was trained lies below some block
-            self._kept = [_outputs(self.model, batch, self.blocks) for batch in self.batches[: len(self._kept)]]
+            self._kept = self._run()
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
         loss: Tensor | None = self.model(**batch).loss
@@ -118,6 +119,16 @@ class Replay:
             for module in modules:
                 del module.forward  # the class's own again
 
+    def _run(self) -> list[list[Any]]:
+        """What the blocks give, batch by batch; nothing if they do not run one after the other, once each."""
+        found = []
+        for batch in self.batches[: self._keep] if self.blocks else ():
+            own = _outputs(self.model, batch, self.blocks)
+            if own is None:
+                return []
+            found.append(own)
+        return found
+
     @torch.no_grad()
     def _same(self) -> bool:
         self.skips = True
@@ -139,11 +150,11 @@ def _blocks(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str]) -> list[Any]:
-    """What each block gives for a batch."""
-    found: dict[str, Any] = {}
+def _outputs(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str]) -> list[Any] | None:
+    """What each block gives for a batch; None unless each one runs exactly once."""
+    found: list[tuple[str, Any]] = []
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda _m, _a, result, name=name: found.update({name: result}))
+        model.get_submodule(name).register_forward_hook(lambda _m, _a, result, name=name: found.append((name, result)))
         for name in blocks
     ]
     try:
@@ -151,7 +162,7 @@ def _outputs(model: nn.Module, batch: dict[str, Tensor], blocks: Sequence[str]) 
     finally:
         for handle in handles:
             handle.remove()
-    return [found.get(name) for name in blocks]
+    return [result for _, result in found] if [name for name, _ in found] == list(blocks) else None
 
 
 def _constant(result: Any) -> Callable[..., Any]:

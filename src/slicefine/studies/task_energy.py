@@ -272,7 +272,7 @@ def _columns(settings: Settings) -> list[str]:
 
 
 def _row(own: dict[str, Any]) -> list[str]:
-    first = [own["name"], _joined(own["k_task"]), _joined(own["null_k_task"])]
+    first = [".".join(own["name"].split(".")[-2:]), _joined(own["k_task"]), _joined(own["null_k_task"])]
     if "task_rank" not in own:
         return [*first, *["-"] * 5]
     separating = "-"

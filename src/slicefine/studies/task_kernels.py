@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,16 +150,20 @@ def _alignments(name: str, kernel: Tensor, known: dict[str, Tensor], seed: int) 
     for module, rows in known.items():
         noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         gram, random = readout_ntk(rows), readout_ntk(noise)
-        pairs = ((gram, False), (gram, True), (random, True))
-        plain, cka, null_cka = (_value(lambda k=k, c=c: kernel_alignment(kernel, k, c)) for k, c in pairs)
-        unbiased, null = (_value(lambda k=k: unbiased_cka(kernel, k)) for k in (gram, random))
-        result.append(Alignment(name, module, plain, cka, unbiased, null_cka, null))
+        values = [
+            _value(kernel_alignment, kernel, gram),
+            _value(partial(kernel_alignment, centred=True), kernel, gram),
+            _value(unbiased_cka, kernel, gram),
+            _value(partial(kernel_alignment, centred=True), kernel, random),
+            _value(unbiased_cka, kernel, random),
+        ]
+        result.append(Alignment(name, module, *values))
     return result
 
 
-def _value(measure: Callable[[], float]) -> float | None:
+def _value(measure: Callable[[Tensor, Tensor], float], kernel: Tensor, other: Tensor) -> float | None:
     try:
-        return measure()
+        return measure(kernel, other)
     except NumericalError:  # zero, or constant
         return None
 
