@@ -95,6 +95,12 @@ def test_position_maps_are_taken_by_attach():
     assert next(iter(tuner.mover.slices().values())) == Slice("column", 4, 2)
 
 
+def test_mixed_slices_differ_from_layer_to_layer():
+    scores = torch.arange(4.0)[:, None].expand(4, 4)
+    found = position_map([("a", scores), ("b", scores)], {"a": (1, 1), "b": (1, 1)}, "mixed")
+    assert (found["a"]["row"], found["b"]["row"]) == ([3, 0, 2, 1], [0, 3, 1, 2])
+
+
 def test_iterative_magnitude_pruning_removes_the_smallest_over_all_layers():
     weights = {"a": torch.tensor([[0.1, -5.0], [2.0, 0.2]]), "b": torch.tensor([[0.3, 4.0]])}
     alive = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}

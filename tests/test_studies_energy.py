@@ -275,6 +275,11 @@ def test_every_number_is_the_analysis_of_the_features(bert):
     slices = [item for (name, module), item in found.items() if name != "readout" and module == "classifier"]
     assert len(slices) == 4
     assert all(item["unbiased"] < 0.9999 for item in slices)
+    beside = found["readout", names[1]]
+    said = (
+        f"readout: unbiased CKA {beside['unbiased']:.3f} with features of {names[1]}; random ones {beside['null']:.3f}."
+    )
+    assert said in result.notes
     assert study(settings).numbers == result.numbers  # the seed decides
 
 

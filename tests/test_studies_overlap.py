@@ -106,6 +106,21 @@ def test_a_lora_at_its_start_is_a_column_slice_of_reduced_inputs(seed, t, out, w
     assert_close(lora_jacobian(whole, factor), of_b.flatten(1))
 
 
+def test_rounding_is_no_direction():
+    exact = draw(0, 5, 1) @ draw(1, 1, 40)
+    rounded = overlap(exact.float(), torch.eye(5))
+    assert (rounded.rank, rounded.gamma) == (1, 0.0)
+    small = exact + 1e-9 * draw(2, 5, 40)  # a direction in fp64, none in fp32
+    assert (overlap(small, torch.eye(5)).rank, overlap(small.float(), torch.eye(5)).rank) == (5, 1)
+    block = Slice("column", 0, 3)
+    inputs = torch.cat([draw(3, 1, 4), draw(3, 1, 4)]) + 1e-9 * draw(4, 2, 4)  # two equal positions, nearly
+    assert (
+        layer_overlap(inputs, block, torch.eye(2)).rank,
+        layer_overlap(inputs.float(), block, torch.eye(2)).rank,
+    ) == (4, 2)
+    assert joint_rank(inputs.float(), Slice("row", 0, 1), block, 2) == (1, 2, 2)
+
+
 @given(seed=SEEDS, d=st.integers(1, 6), entries=st.integers(1, 9), k=st.integers(1, 6))
 def test_the_certificate_is_always_kept(seed, d, entries, k):
     jacobian, basis, gradient = draw(seed, d, entries), basis_of(seed + 1, d, min(k, d)), draw(seed + 2, d)
@@ -341,7 +356,7 @@ def test_the_command_writes_numbers_and_pictures(tmp_path: Path, capsys):
 
 def test_a_language_model_has_no_logits_here(tmp_path: Path, capsys):
     model, data = save_llama(tmp_path / "model"), save_reviews(tmp_path / "data")
-    arguments = ["--model.path", model, "--data.path", data, "--task.name", "causal-lm", "--shares", "[]"]
+    arguments = ["--model.path", model, "--data.path", data, "--task.name", "causal-lm", "--shares", "[0.5]"]
     sizes = ["--batch_size", "8", "--samples", "32", "--limit", "2", "--examples", "2", "--positions", "1"]
     assert main(["analyze", "overlap", *arguments, *sizes]) == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -363,6 +378,15 @@ def test_a_language_model_has_no_logits_here(tmp_path: Path, capsys):
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         Settings(**changes)
+
+
+def test_half_precision_is_widened(tmp_path: Path):
+    settings = tiny(tmp_path, shares=[], limit=1)
+    settings.model.dtype = "bfloat16"
+    opened = open_model(settings)
+    assert opened.model.dtype == torch.bfloat16
+    assert measure(opened, settings).cases
+    assert opened.model.dtype == torch.float32
 
 
 def test_bad_data_and_weights(tmp_path: Path):

@@ -263,6 +263,16 @@ def test_only_the_head_changes_and_the_draw_is_seeded(tmp_path: Path):
     assert {gain.layer for gain in other} == {gain.layer for gain in first}
 
 
+def test_half_precision_is_widened(tmp_path: Path):
+    settings = tiny(tmp_path, limit=1, modes=["row"])
+    settings.model.dtype = "bfloat16"
+    opened = open_model(settings)
+    assert opened.model.dtype == torch.bfloat16
+    (gain,) = measure(opened, settings)[1]
+    assert opened.model.dtype == torch.float32
+    assert gain.seen["one"] > 0  # in bfloat16 the loss would have three digits
+
+
 def test_shares_count_and_compare():
     found = SimpleNamespace(
         seen={"one": 0.2, "few": 0.3}, null_seen={"one": 0.3, "few": -1.0}, unseen={"one": -0.1, "few": 0.1},

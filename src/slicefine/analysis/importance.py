@@ -77,7 +77,9 @@ def slice_scores(scores: Tensor, r: int, axis: str) -> tuple[list[int], Tensor]:
     return starts, lines.unfold(0, width, 1).sum(1)[torch.tensor(starts)]
 
 
-def ordered_starts(starts: list[int], sums: Tensor, category: str, seed: int = 0) -> list[int]:
+def ordered_starts(
+    starts: list[int], sums: Tensor, category: str, seed: int = 0, least_first: bool = False
+) -> list[int]:
     """The positions in the order in which a run of a category visits them.
 
     Args:
@@ -86,6 +88,7 @@ def ordered_starts(starts: list[int], sums: Tensor, category: str, seed: int = 0
         category: ``"most"`` (highest first), ``"least"`` (lowest first), ``"mixed"`` (highest, lowest, second highest,
             and so on), or ``"random"``.
         seed: of the random order.
+        least_first: let ``"mixed"`` begin with the lowest.
 
     Raises:
         ConfigError: for an unknown category.
@@ -100,7 +103,7 @@ def ordered_starts(starts: list[int], sums: Tensor, category: str, seed: int = 0
         order = torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed)).tolist()
         return [starts[i] for i in order]
     best = torch.sort(sums, descending=True, stable=True).indices.tolist()
-    if category == "least":
+    if category == "least" or (category == "mixed" and least_first):
         best = best[::-1]
     if category == "mixed":
         low, high = 0, len(best) - 1
@@ -122,13 +125,14 @@ def position_map(
     Args:
         scores: layer names with scores ``(rows, columns)``; a generator keeps one layer at a time in memory.
         ranks: rank of row and column slices of each layer.
-        category: see `ordered_starts`.
+        category: see `ordered_starts`; ``"mixed"`` begins with the lowest in every second layer, so that slices that
+            never move are mixed, too.
         seed: of the random order, together with the layer's place among the layers.
     """
     result = {}
     for number, (name, own) in enumerate(scores):
         result[name] = {
-            axis: ordered_starts(*slice_scores(own, rank, axis), category, seed + number)
+            axis: ordered_starts(*slice_scores(own, rank, axis), category, seed + number, number % 2 == 1)
             for axis, rank in zip(("row", "column"), ranks[name], strict=True)
         }
     return result

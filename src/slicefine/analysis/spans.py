@@ -214,7 +214,7 @@ def joint_rank(inputs: Tensor, row: Slice, column: Slice, rows: int) -> tuple[in
         rows: of the weight: d.
     """
     wide = inputs.detach().double()
-    own = int(torch.linalg.matrix_rank(wide))
-    part = int(torch.linalg.matrix_rank(wide[:, list(column.indices())]))
+    rounding = max(wide.shape) * torch.finfo(inputs.dtype).eps
+    own, part = (int(torch.linalg.matrix_rank(each, rtol=rounding)) for each in (wide, wide[:, list(column.indices())]))
     alone = row.width * own, part * rows
     return *alone, alone[1] + row.width * (own - part)

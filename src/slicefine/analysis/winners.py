@@ -116,7 +116,8 @@ class Overlap:
     Attributes:
         gamma: gamma_min(M) = sigma_min(U_k^T J); the Lemma needs it above zero.
         beta: beta(M) = ||(I - U_k U_k^T) J||_2; the Lemma needs it below gamma.
-        rank: of U_k^T J; the Theorem needs k.
+        rank: of U_k^T J; the Theorem needs k. What rounding in the Jacobian's own type makes does not count, and gamma
+            is zero below rank k.
     """
 
     gamma: float
@@ -143,11 +144,18 @@ def overlap(jacobian: Tensor, subspace: Tensor) -> Overlap:
         raise ConfigError(f"overlap: a Jacobian {tuple(jacobian.shape)} and a subspace {tuple(subspace.shape)} differ.")
     wide, basis = jacobian.detach().double(), subspace.detach().double()
     inside = basis.t() @ wide
-    values = torch.linalg.svdvals(inside)
+    values, rank = _values(inside, jacobian.dtype)
     # fewer entries than directions: the missing singular values of U^T J are zero
-    gamma = float(values[-1]) if inside.shape[1] >= inside.shape[0] else 0.0
+    gamma = float(values[-1]) if rank == inside.shape[0] else 0.0
     beta = float(torch.linalg.matrix_norm(wide - basis @ inside, 2))
-    return Overlap(gamma, beta, int(torch.linalg.matrix_rank(inside)))
+    return Overlap(gamma, beta, rank)
+
+
+def _values(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Singular values, and the rank of a matrix that was computed in ``dtype``: what rounding makes is no direction."""
+    values = torch.linalg.svdvals(matrix.double()) if matrix.numel() else torch.zeros(1, dtype=torch.float64)
+    limit = max(matrix.shape) * torch.finfo(dtype).eps * values[0]
+    return values, int((values > limit).sum())
 
 
 def layer_overlap(inputs: Tensor, block: Slice, subspace: Tensor) -> Overlap:
@@ -182,19 +190,17 @@ def layer_overlap(inputs: Tensor, block: Slice, subspace: Tensor) -> Overlap:
     part = slice(block.start, block.start + block.width)
     if block.axis == "column":
         inside, outside = torch.eye(k, dtype=x.dtype), torch.eye(d - k, dtype=x.dtype)
-        return _product(x[:, part], inside, outside)
+        return _product(x[:, part], inside, outside, inputs.dtype)
     own = basis[part].t()  # (k, r)
-    return _product(x, own, torch.eye(d, dtype=x.dtype)[:, part] - basis @ own)
+    return _product(x, own, torch.eye(d, dtype=x.dtype)[:, part] - basis @ own, inputs.dtype)
 
 
-def _product(x: Tensor, inside: Tensor, outside: Tensor) -> Overlap:
+def _product(x: Tensor, inside: Tensor, outside: Tensor, dtype: torch.dtype) -> Overlap:
     """`Overlap` of ``U^T J = x (x) inside`` and ``(I - U U^T) J = x (x) outside``: singular values multiply."""
-    first, second, third = (
-        torch.linalg.svdvals(part) if part.numel() else part.new_zeros(1) for part in (x, inside, outside)
-    )
-    wide = all(part.shape[0] <= part.shape[1] for part in (x, inside))  # else some direction is reached by no entry
-    rank = int(torch.linalg.matrix_rank(x)) * int(torch.linalg.matrix_rank(inside))
-    return Overlap(float(first[-1] * second[-1]) if wide else 0.0, float(first[0] * third[0]), rank)
+    (first, rank), (second, reached), (third, _) = (_values(part, dtype) for part in (x, inside, outside))
+    full = rank == x.shape[0] and reached == inside.shape[0]  # else some direction is reached by no entry
+    gamma = float(first[-1] * second[-1]) if full else 0.0
+    return Overlap(gamma, float(first[0] * third[0]), rank * reached)
 
 
 @dataclass(frozen=True)

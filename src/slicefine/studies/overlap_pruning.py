@@ -20,7 +20,8 @@ from ..analysis.spans import directions
 from ..analysis.winners import layer_overlap
 from ..errors import NumericalError
 from ..geometry import Slice
-from .common import Opened, block_names
+from ..window import block_paths
+from .common import Opened
 
 __all__ = ["Pruned", "falls", "measure_pruning"]
 
@@ -68,7 +69,7 @@ def measure_pruning(
         ConfigError: for a share out of range.
         NumericalError: for NaN weights.
     """
-    blocks = block_names(opened.model)
+    blocks = block_paths(opened.layers)
     last = {block: [name for name in opened.layers if name.startswith(f"{block}.")][-1:] for block in blocks}
     kept = {block: own[0] for block, own in last.items() if own}
     parameters = {name: opened.model.get_submodule(name).weight for name in opened.layers}

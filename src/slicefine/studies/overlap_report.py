@@ -128,9 +128,10 @@ def _logit_note(settings: Settings, found: Measured, groups: dict[tuple[str, str
         )
     every = " With all k of them, g_perp = 0." if k == found.classes - 1 else ""  # type: ignore[operator]
     return (
-        f"Logits: k={k} of {found.classes}, after each example's mean is taken off.{every} {'; '.join(words)}. One "
-        "example's softmax gradient is never zero, so full rank is enough for a gradient there, but the mean over "
-        "examples can still cancel."
+        f"Logits: k={k} of {found.classes}, after each example's mean is taken off.{every} {'; '.join(words)}. Rank "
+        "below k: the slice reaches the head through fewer than k numbers, as a row near the top does where one "
+        "position is read. One example's softmax gradient is never zero, so full rank is enough for a gradient there, "
+        "but the mean over examples can still cancel."
     )
 
 

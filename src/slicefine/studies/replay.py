@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..analysis.collect import slice_function
 from ..errors import ConfigError, DataError, NumericalError
 from ..geometry import Slice
-from .common import block_names
+from ..layer import supports
+from ..window import block_paths
 
 __all__ = ["Replay"]
 
@@ -142,7 +143,7 @@ class Replay:
 
 def _blocks(model: nn.Module) -> list[str]:
     try:
-        found = block_names(model)
+        found = block_paths(name for name, module in model.named_modules() if supports(module))
     except ConfigError:
         return []
     plain = all("forward" not in vars(model.get_submodule(name)) for name in found)

@@ -246,11 +246,12 @@ def _kernel_notes(found: Kernels) -> list[str]:
         f"{found.centred_difference:.2g}."
     ]
     for item in found.alignments:
-        if item.cka is None:
+        if item.unbiased is None or item.null is None:
             notes.append(f"{item.name}: the tangent kernel is zero or constant.")
         elif item.features != found.readout or item.name == "readout":
             notes.append(
-                f"{item.name}: CKA {item.cka:.3f} with features of {item.features}; random ones {item.null:.3f}."
+                f"{item.name}: unbiased CKA {item.unbiased:.3f} with features of {item.features}; random ones "
+                f"{item.null:.3f}."
             )
     return notes
 

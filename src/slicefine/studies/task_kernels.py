@@ -119,7 +119,7 @@ def alignment_chart(kernels: Kernels) -> Chart:
     panels = []
     for name in dict.fromkeys(item.features for item in kernels.alignments):
         own = [item for item in kernels.alignments if item.features == name]
-        labels = [item.name for item in own]
+        labels = [".".join(item.name.split(".")[-2:]) for item in own]
         lines = [
             Line(label, labels, [float("nan") if value is None else value for value in values], style="bars")
             for label, values in (("measured", [i.unbiased for i in own]), ("random features", [i.null for i in own]))

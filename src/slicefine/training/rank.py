@@ -252,12 +252,10 @@ def _cells(layers: Sequence[LayerRank]) -> list[str]:
 
 def _range(values: Sequence[float]) -> str:
     """``median (least-most)``."""
-    if min(values) == max(values):
-        return f"{values[0]:.2g}" if values[0] < 1 else f"{values[0]:g}"
     shown = [
-        f"{value:.2f}" if max(values) < 1 else f"{value:g}" for value in (median(values), min(values), max(values))
+        f"{value:.2g}" if max(values) < 1 else f"{value:g}" for value in (median(values), min(values), max(values))
     ]
-    return "{} ({}-{})".format(*shown)
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]}-{shown[2]})"
 
 
 def _value(value: Any) -> str:
