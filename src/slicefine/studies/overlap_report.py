@@ -126,12 +126,12 @@ def _logit_note(settings: Settings, found: Measured, groups: dict[tuple[str, str
             f"{what}s have rank >= k in {own['full rank']:.0%} of cases, keep the premise in {own['premise']:.0%}, and "
             f"the bound is {own['bound over measured']:.1%} of the gradient (median)"
         )
+    centred = ", after each example's mean is taken off" if found.classes != 1 else ""
     every = " With all k of them, g_perp = 0." if k == found.classes - 1 else ""  # type: ignore[operator]
     return (
-        f"Logits: k={k} of {found.classes}, after each example's mean is taken off.{every} {'; '.join(words)}. Rank "
-        "below k: the slice reaches the head through fewer than k numbers, as a row near the top does where one "
-        "position is read. One example's softmax gradient is never zero, so full rank is enough for a gradient there, "
-        "but the mean over examples can still cancel."
+        f"Logits: k={k} of {found.classes}{centred}.{every} {'; '.join(words)}. Rank below k: the slice reaches the "
+        "head through fewer than k numbers, as a row near the top does where one position is read. With full rank one "
+        "example's gradient is zero only if that of its logits is, but the mean over examples can still cancel."
     )
 
 
