@@ -441,6 +441,20 @@ def test_alternating_slices_have_two_ranks_and_layers_the_larger(bert):
     assert found.ranks["row"] == int(np.ceil(np.median([layer.r for layer in rows.values()])))
 
 
+def test_a_rank_for_rows_and_columns_fits_the_shorter_side(tmp_path: Path):
+    words = ["good", "fine", "great", "nice", "bad", "poor", "awful", "weak"]
+    texts = [" ".join(words[(i * j + i // 8) % 8] for j in range(1, 7)) for i in range(64)]
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    write_rows(tmp_path / "data" / "validation.jsonl", rows[:8])
+    bert = save_bert(tmp_path / "model"), str(tmp_path / "data")
+    found = plan_ranks(session_for(bert), 1.0, per_layer=True, examples=64)
+    wide = [i for i in found.layers if i.name.endswith("output.dense") and i.axis == "column" and i.lines == 64]
+    assert len(wide) == 2
+    assert all(layer.k_task > 32 for layer in wide)  # 64 columns, 32 rows
+    assert all(found.rank_pattern[layer.name] == 32 for layer in wide)
+
+
 def test_the_command_suggests_ranks_that_a_recipe_takes(bert, tmp_path: Path, capsys):
     model, data = bert
     words = ["plan", "--rank", "auto", "--model.path", model, "--data.path", data, "--calibration", "24"]

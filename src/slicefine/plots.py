@@ -148,6 +148,8 @@ def _lines(axes: Any, panel: Panel) -> None:
         elif line.style == "step":
             axes.step(x, line.y, where="mid", label=line.label or None, color=color)
         else:
+            if named and len(panel.lines) > 1:  # beside each other, so that no point hides another
+                x = [value + 0.6 * ((number + 0.5) / len(panel.lines) - 0.5) for value in x]
             marker = {"points": "o", "line": "." if len(x) <= 40 else ""}[line.style]
             drawn: dict[str, Any] = {"linestyle": "" if line.style == "points" else "-", "marker": marker}
             drawn |= {"color": color, "rasterized": line.style == "points" and len(x) > _MANY}

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..charts import Chart, plain
 from ..errors import ConfigError, DataError
+from ..layer import supports
 from ..plots import save_chart
 from ..tasks.base import Prepared
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
@@ -157,7 +158,7 @@ def block_names(model: Any) -> list[str]:
     Raises:
         ConfigError: if the model's linear layers are not numbered.
     """
-    return block_paths(match_layers(model, "all-linear"))
+    return block_paths(name for name, module in model.named_modules() if supports(module))
 
 
 def publish(result: Result, output: str | None, console: Console | None = None, settings: Any = None) -> list[Path]:
