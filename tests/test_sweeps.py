@@ -92,6 +92,7 @@ def test_merging_leaves_the_base_alone_and_takes_layer_names_whole():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"vary": {}}, "name at least one axis"),
         ({"seeds": []}, "at least one seed"),
         ({"workers": 0}, "workers=0"),
         ({"vary": {"a": []}}, "needs a list of values"),
@@ -103,7 +104,7 @@ def test_merging_leaves_the_base_alone_and_takes_layer_names_whole():
 )
 def test_wrong_recipes_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        cells(SweepSettings(**changes))
+        cells(SweepSettings(**{"vary": {"a": [1]}, **changes}))
 
 
 def test_a_runs_recipe_is_checked_like_any_other():

@@ -87,6 +87,8 @@ class SweepSettings:
             raise ConfigError("seeds=[]: a sweep needs at least one seed.")
         if self.workers < 1:
             raise ConfigError(f"workers={self.workers} must be at least 1.")
+        if not self.vary:
+            raise ConfigError("vary={}: name at least one axis, {setting: [values]} (a sweep comes as --config FILE).")
         named = set(self.vary)
         view = [self.view.rows, self.view.columns, self.view.pages, self.view.x, self.view.lines]
         for where, axes in (("view", view), ("tune_per", self.tune_per or []), ("only", self.only)):
