@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, rankdata
+from scipy.stats import binomtest
 from torch import nn
 from torch.testing import assert_close
 
 from cli_helpers import save_bert, save_reviews
 from slicefine.analysis.collect import gradients, slice_function, slice_values
-from slicefine.analysis.winners import GradientNoise, descend, random_step, rank_correlation, wilson
+from slicefine.analysis.winners import GradientNoise, descend, random_step, wilson
 from slicefine.cli.main import main
 from slicefine.errors import ConfigError, DataError, NumericalError
 from slicefine.geometry import Slice
@@ -91,22 +91,6 @@ def test_wilson_is_scipys(count, share, confidence):
 def test_no_share_has_no_interval(successes, count):
     with pytest.raises(DataError, match=f"{successes} of {count} is no share"):
         wilson(successes, count)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=20))
-def test_rank_correlation_is_that_of_mean_ranks(pairs):
-    first, second = ([float(pair[i]) for pair in pairs] for i in range(2))
-    found = rank_correlation(first, second)
-    if len(set(first)) == 1 or len(set(second)) == 1:
-        assert math.isnan(found)
-    else:
-        assert found == pytest.approx(np.corrcoef(rankdata(first), rankdata(second))[0, 1], abs=1e-9)
-
-
-def test_rank_correlation_wants_pairs():
-    assert math.isnan(rank_correlation([1, 2], [1, 2]))
-    with pytest.raises(DataError, match="3 and 2 values are no pairs"):
-        rank_correlation([1, 2, 3], [1, 2])
 
 
 def test_descent_on_a_quadratic_is_geometric():

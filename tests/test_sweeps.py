@@ -23,7 +23,6 @@ from slicefine.sweeps.results import differences, spread, summaries, sweep_chart
 from slicefine.sweeps.settings import SweepSettings, ViewSettings, cells, merged, runs_of, train_settings
 from slicefine.training.run import train
 from slicefine.training.settings import BackboneSettings, LotterySettings, SliceSettings
-from slicefine.training.verify import predictions  # noqa: F401  (imports as a user's script would)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by PEFT

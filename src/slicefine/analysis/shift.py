@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, NumericalError
+from .kernels import unbiased_cka
 
 __all__ = ["debiased_cka", "linear_cka", "prediction_shift", "relative_change"]
 
@@ -76,7 +77,7 @@ def debiased_cka(features: Tensor, base_features: Tensor) -> float:
 
     Raises:
         DataError: if the numbers of examples differ or are below 4.
-        NumericalError: for NaN, infinite or constant features, or an estimate of a variance that is not positive.
+        NumericalError: for NaN, infinite or constant features, or such whose Gram matrix is constant off its diagonal.
 
     Example:
         >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [2.0, 5.0], [4.0, 4.0]])
@@ -84,14 +85,7 @@ def debiased_cka(features: Tensor, base_features: Tensor) -> float:
         1.0
     """
     ours, theirs = _same_examples("debiased_cka", features, base_features, 4)
-    ours, theirs = ours @ ours.t(), theirs @ theirs.t()
-    own, other = _unbiased_hsic(ours, ours), _unbiased_hsic(theirs, theirs)
-    if own <= 0 or other <= 0:
-        raise NumericalError(
-            f"debiased_cka: of {len(ours)} examples the estimate of a representation's variance is not positive; give "
-            "more examples."
-        )
-    return _unbiased_hsic(ours, theirs) / math.sqrt(own * other)
+    return unbiased_cka(ours @ ours.t(), theirs @ theirs.t())
 
 
 def relative_change(weight: Tensor, base_weight: Tensor) -> float:
@@ -143,13 +137,3 @@ def _same_examples(where: str, features: Tensor, base_features: Tensor, least: i
     if bool((ours == ours[0]).all() or (theirs == theirs[0]).all()):
         raise NumericalError(f"{where}: all examples have the same features, so there is nothing to compare.")
     return ours - ours.mean(0), theirs - theirs.mean(0)
-
-
-def _unbiased_hsic(first: Tensor, second: Tensor) -> float:
-    """HSIC_1 of two Gram matrices (Song et al. 2012, equation 5)."""
-    n = len(first)
-    first, second = first - torch.diag(first.diagonal()), second - torch.diag(second.diagonal())
-    together = (first * second).sum()
-    sums = first.sum() * second.sum() / ((n - 1) * (n - 2))
-    lines = 2 / (n - 2) * (first.sum(0) * second.sum(0)).sum()
-    return float((together + sums - lines) / (n * (n - 3)))

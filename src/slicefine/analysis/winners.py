@@ -6,7 +6,7 @@ Paper, Definitions 2.2 and 2.3, Theorem 2.4, Lemma D.1. A slice is given by its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -24,7 +24,6 @@ __all__ = [
     "layer_overlap",
     "overlap",
     "random_step",
-    "rank_correlation",
     "slice_gradients",
     "step_decrease",
     "wilson",
@@ -315,25 +314,6 @@ def wilson(successes: int, count: int, confidence: float = 0.95) -> tuple[float,
     centre = (share + z * z / (2 * count)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation; NaN for fewer than three pairs, or if one side is constant.
-
-    Raises:
-        DataError: if the lengths differ.
-
-    Example:
-        >>> round(rank_correlation([1, 2, 3, 4], [1, 4, 9, 16]), 3)
-        1.0
-    """
-    if len(first) != len(second):
-        raise DataError(f"rank_correlation: {len(first)} and {len(second)} values are no pairs.")
-    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
-        return math.nan
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(first, second).statistic)
 
 
 def _finite(value: float) -> bool:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..analysis.winners import rank_correlation, wilson
+from ..analysis.rankings import rank_correlation
+from ..analysis.winners import wilson
 from ..charts import Chart, Line, Panel
 from .common import Result
 
@@ -106,8 +107,9 @@ def _correlations(gains: Sequence[Gain]) -> dict[str, dict[str, float]]:
     for mode in dict.fromkeys(gain.mode for gain in gains):
         own = [gain for gain in gains if gain.mode == mode]
         for name in ("gradient", "smoothness", "energy", "weight"):
-            values = [getattr(gain, name) for gain in own]
-            result.setdefault(mode, {})[name] = rank_correlation([gain.seen["few"] for gain in own], values)
+            pairs = torch.tensor([[gain.seen["few"], getattr(gain, name)] for gain in own], dtype=torch.float64)
+            found = rank_correlation(pairs[:, 0], pairs[:, 1]) if len(own) > 2 else math.nan  # two are always in order
+            result.setdefault(mode, {})[name] = found
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,6 @@ def with_changed_backbone(settings: TrainSettings, output: Path, resumed: bool =
     if not (resumed and positions_file.is_file()):
         with atomic_folder(folder) as aside:
             _write(settings, aside)
-    import json
 
     model = replace(settings.model, path=str(folder), revision=None, tokenizer=None)
     positions = json.loads(positions_file.read_text())
@@ -73,7 +73,6 @@ def change_backbone(model: Any, settings: BackboneSettings, frozen: list[str], k
 
 
 def _write(settings: TrainSettings, folder: Path) -> None:
-    import json
 
     task, splits = open_task(settings)
     set_seed(settings.training.seed)
