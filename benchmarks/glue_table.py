@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[list[str], tuple[float, ...]]] = {
     "SliceFine 5C": (["--slice.mode", "column", "--slice.r", "5"], (2e-3, 4e-3, 1e-3)),
     "SliceFine 5RC": (["--slice.mode", "alternate", "--slice.r", "5"], (2e-3, 1e-3, 4e-3)),
     "SliceFine 12C": (["--slice.mode", "column", "--slice.r", "12"], (2e-3, 1e-3, 4e-3)),
-    "LoRA r=8": (["--method.name", "lora", "--method.lora_r", "8"], (5e-4, 1e-3, 2e-3)),
+    "LoRA r=8": (["--method.name", "lora", "--method.options", '{"r": 8}'], (5e-4, 1e-3, 2e-3)),
     "full": (["--method.name", "full", "--training.head_learning_rate", "1e-3"], (1e-4, 2e-4)),
 }
 

@@ -210,7 +210,8 @@ def test_the_command_runs_workers_as_processes(bert, reviews, tmp_path, capsys):
 
 def outcome(value: float, seed: int, **labels: str) -> dict:
     counts = {"trainable": 1, "changed": 2}
-    facts = {"labels": labels, "seed": seed, "value": value, "tuned": {}, "counts": counts}
+    after = {"validation": {"accuracy": value}}
+    facts = {"labels": labels, "seed": seed, "after": after, "tuned": {}, "counts": counts, "key": "run"}
     return {**facts, "train_seconds": 1.0, "file_bytes": 3, "metric": "accuracy"}
 
 

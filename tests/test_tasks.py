@@ -56,7 +56,15 @@ def make(name: str, model: str = "minilm", columns: Columns | None = None, **tas
 
 
 def test_all_tasks_are_found_by_name():
-    assert task_names() == ["causal-lm", "image-classification", "text-classification", "text-regression"]
+    assert task_names() == [
+        "causal-lm",
+        "image-classification",
+        "multiple-choice",
+        "reasoning",
+        "text-classification",
+        "text-regression",
+        "video-classification",
+    ]
 
 
 def test_an_unknown_task_names_the_known_ones():

@@ -41,14 +41,30 @@ def _run(argv: Sequence[str]) -> int:
     from jsonargparse import ArgumentParser
 
     from .. import __version__
-    from . import analyze, bench, compose, eval, export, info, merge, plan, push, report, sweep, train, undo
+    from . import (
+        analyze,
+        bench,
+        compose,
+        eval,
+        export,
+        info,
+        merge,
+        methods,
+        plan,
+        push,
+        report,
+        reproduce,
+        sweep,
+        train,
+        undo,
+    )
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
     verbs |= {"undo": undo, "push": push, "info": info, "report": report, "plan": plan, "analyze": analyze}
-    verbs |= {"sweep": sweep, "bench": bench}
+    verbs |= {"sweep": sweep, "reproduce": reproduce, "methods": methods, "bench": bench}
     for name, verb in verbs.items():
         own = commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
         if verb is analyze:

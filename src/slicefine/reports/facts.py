@@ -130,7 +130,7 @@ def _mode(run: Run) -> str:
 
 def _rank(run: Run) -> str:
     if run.method == "lora":
-        return str(run.setting("method.lora_r") or run.setting("r") or UNKNOWN)
+        return str(run.setting("method.options.r") or run.setting("r") or 8)
     if not _sliced(run):
         return "none"
     whole = run.setting("slice.r")

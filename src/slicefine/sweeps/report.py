@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.table import Table
 from ..charts import plain
 from ..errors import ConfigError
 from ..plots import save_chart
-from .results import Summary, differences, summaries, sweep_chart
+from .results import Summary, differences, row_averages, summaries, sweep_chart
 from .run import run_sweep
 from .settings import SweepSettings, cells, runs_of
 
@@ -47,9 +48,12 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
     metric = outcomes[0]["metric"]
     for table in _tables(settings, found, metric):
         console.print(table)
-    compared = {axis: differences(outcomes, axis, label) for axis, label in settings.view.reference.items()}
+    compared = {
+        axis: differences(outcomes, axis, label, split=settings.split)
+        for axis, label in settings.view.reference.items()
+    }
     for axis, rows in compared.items():
-        console.print(_comparison(axis, settings.view.reference[axis], rows))
+        console.print(_comparison(axis, settings.view.reference[axis], rows, settings.view.points))
     missing = len(cells(settings)) * len(settings.seeds) - sum(len(item.values) for item in found)
     if missing:
         console.print(f"{missing} runs are missing: the same command goes on with them.")
@@ -78,36 +82,56 @@ def _tables(settings: SweepSettings, found: Sequence[Summary], metric: str) -> l
     result = []
     for page in dict.fromkeys(item.labels.get(view.pages or "", "") for item in found):
         here = [item for item in found if item.labels.get(view.pages or "", "") == page]
-        table = Table(title=f"{settings.title}{': ' if page else ''}{page} (validation {metric})")
+        shown = "" if view.averages else f" ({settings.split} {metric})"
+        table = Table(title=f"{settings.title}{': ' if page else ''}{page}{shown}")
         table.add_column(rows)
         heads = list(dict.fromkeys(item.labels.get(columns or "", "") for item in here))
         for head in heads:
             table.add_column(head or metric, justify="right")
+        for name in ("average", "rank", "trained") if view.averages else ():
+            table.add_column(name, justify="right")
+        total = row_averages(here, rows, columns or "", view.metrics) if view.averages else {}
         for label in dict.fromkeys(item.labels[rows] for item in here):
-            cells_here = [
-                [i for i in here if (i.labels[rows], i.labels.get(columns or "", "")) == (label, h)] for h in heads
+            own = [[i for i in here if (i.labels[rows], i.labels.get(columns or "", "")) == (label, h)] for h in heads]
+            shown_cells = [
+                _shown(found, view.metrics.get(head), view.points) for head, found in zip(heads, own, strict=True)
             ]
-            table.add_row(label, *(_shown(own) for own in cells_here))
+            more = _averages(total.get(label), own, view.points) if view.averages else []
+            table.add_row(label, *shown_cells, *more)
         result.append(table)
     return result
 
 
-def _shown(own: Sequence[Summary]) -> str:
+def _shown(own: Sequence[Summary], metrics: Sequence[str] | None, points: bool) -> str:
     if not own:
         return "-"
     item = own[0]
+    if points:  # as tables of papers have it; the deviation is the main metric's
+        numbers = [statistics.fmean(item.metrics[name]) for name in metrics] if metrics else [item.mean]
+        return "/".join(f"{100 * number:.1f}" for number in numbers) + f" ±{100 * item.deviation:.1f}"
     rate = "".join(f" [{value:g}]" for value in item.tuned.values() if isinstance(value, (int, float)))
     return f"{item.mean:.3f} ± {item.deviation:.3f}{rate}"
 
 
-def _comparison(axis: str, reference: str, rows: Sequence[Any]) -> Table:
+def _averages(found: tuple[float, float] | None, own: Sequence[Sequence[Summary]], points: bool) -> list[str]:
+    """Average, mean rank, and trained entries of a row; dashes where a column is missing."""
+    entries = max(item.trainable for summaries_ in own for item in summaries_)
+    if found is None:
+        return ["-", "-", f"{entries:,}"]
+    return [f"{100 * found[0]:.2f}" if points else f"{found[0]:.4f}", f"{found[1]:.1f}", f"{entries:,}"]
+
+
+def _comparison(axis: str, reference: str, rows: Sequence[Any], points: bool) -> Table:
     table = Table(title=f"{axis}: difference from {reference}, pairs of runs that are otherwise the same")
     table.add_column(axis)
     for column in ("pairs", "mean", "95% interval", "smallest", "largest"):
         table.add_column(column, justify="right")
     for row in rows:
-        interval = f"{row.low:+.4f} to {row.high:+.4f}"
-        table.add_row(row.label, str(row.count), f"{row.mean:+.4f}", interval, f"{row.least:+.4f}", f"{row.most:+.4f}")
+        mean, low, high, least, most = (
+            f"{100 * number:+.2f}" if points else f"{number:+.4f}"
+            for number in (row.mean, row.low, row.high, row.least, row.most)
+        )
+        table.add_row(row.label, str(row.count), mean, f"{low} to {high}", least, most)
     return table
 
 

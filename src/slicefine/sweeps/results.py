@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..charts import Chart, Line, Panel
+from ..errors import DataError
 from .run import Outcome
 from .settings import SweepSettings, cells
 
-__all__ = ["Difference", "Summary", "differences", "spread", "summaries", "sweep_chart"]
+__all__ = ["Difference", "Summary", "differences", "row_averages", "spread", "summaries", "sweep_chart", "value"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Summary:
 
     Attributes:
         labels: of its axes.
-        values: the validation metric of each seed.
+        values: the main metric of each seed, on the set that counts.
+        metrics: all metrics of each seed there, by name.
         tuned: what tuning chose.
         trainable, changed: entries in training at a time, and over the whole run.
         seconds: training time, mean.
@@ -32,6 +34,7 @@ class Summary:
 
     labels: dict[str, str]
     values: list[float]
+    metrics: dict[str, list[float]]
     tuned: dict[str, Any]
     trainable: int
     changed: int
@@ -77,10 +80,14 @@ def summaries(settings: SweepSettings, outcomes: Sequence[Outcome]) -> list[Summ
         own = [outcome for outcome in outcomes if outcome["labels"] == dict(cell.labels)]
         if own:
             counts = own[0]["counts"]
+            own.sort(key=lambda outcome: outcome["seed"])
+            values = [value(outcome, settings.split) for outcome in own]
+            measured = [outcome["after"][settings.split] for outcome in own]
             result.append(
                 Summary(
                     dict(cell.labels),
-                    [outcome["value"] for outcome in sorted(own, key=lambda outcome: outcome["seed"])],
+                    values,
+                    {name: [float(found[name]) for found in measured] for name in measured[0]},
                     own[0]["tuned"],
                     counts["trainable"],
                     counts["changed"],
@@ -91,12 +98,25 @@ def summaries(settings: SweepSettings, outcomes: Sequence[Outcome]) -> list[Summ
     return result
 
 
+def value(outcome: Outcome, split: str = "validation") -> float:
+    """The run's main metric on a set.
+
+    Raises:
+        DataError: if the run did not measure it.
+    """
+    if split not in outcome["after"]:
+        raise DataError(f"run {outcome['key']}: it measured no {split} set; set data.{split}, or split.")
+    return float(outcome["after"][split][outcome["metric"]])
+
+
 def spread(values: Sequence[float]) -> float:
     """Standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def differences(outcomes: Sequence[Outcome], axis: str, reference: str, draws: int = 10_000) -> list[Difference]:
+def differences(
+    outcomes: Sequence[Outcome], axis: str, reference: str, draws: int = 10_000, split: str = "validation"
+) -> list[Difference]:
     """Compare every label of an axis with one of them, over all runs that are otherwise the same.
 
     Args:
@@ -104,17 +124,49 @@ def differences(outcomes: Sequence[Outcome], axis: str, reference: str, draws: i
         axis: its name.
         reference: the label to compare with.
         draws: bootstrap samples of the pairs.
+        split: the set whose main metric is compared.
 
     Returns:
         One per other label that has a pair, in the order in which they come.
     """
-    base = {_others(outcome, axis): outcome["value"] for outcome in outcomes if outcome["labels"][axis] == reference}
+    base = {_others(item, axis): value(item, split) for item in outcomes if item["labels"][axis] == reference}
     pairs: dict[str, list[float]] = {}
     for outcome in outcomes:
         label, rest = outcome["labels"][axis], _others(outcome, axis)
         if label != reference and rest in base:
-            pairs.setdefault(label, []).append(outcome["value"] - base[rest])
-    return [_difference(label, values, draws) for label, values in pairs.items()]
+            pairs.setdefault(label, []).append(value(outcome, split) - base[rest])
+    return [_difference(label, found, draws) for label, found in pairs.items()]
+
+
+def row_averages(
+    found: Sequence[Summary], rows: str, columns: str, metrics: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[float, float]]:
+    """Mean over the numbers of a row, and mean of its ranks in them (1 is best; equal ones share a mean rank).
+
+    Args:
+        found: one page of a table; more must be better in all of it.
+        rows, columns: axes.
+        metrics: numbers of a column that has several.
+
+    Returns:
+        By the row's label; rows that lack a column are left out.
+    """
+    table: dict[str, dict[tuple[str, str], float]] = {}
+    for item in found:
+        head = item.labels.get(columns, "")
+        own = {name: statistics.fmean(item.metrics[name]) for name in metrics.get(head, ())} or {"": item.mean}
+        table.setdefault(item.labels[rows], {}).update({(head, name): number for name, number in own.items()})
+    names = {name for numbers in table.values() for name in numbers}
+    whole = {label: numbers for label, numbers in table.items() if numbers.keys() == names}
+    ranks: dict[str, list[float]] = {label: [] for label in whole}
+    for name in names:
+        for label, numbers in whole.items():
+            better = sum(other[name] > numbers[name] for other in whole.values())
+            equal = sum(other[name] == numbers[name] for other in whole.values())
+            ranks[label].append(better + (equal + 1) / 2)
+    return {
+        label: (statistics.fmean(numbers.values()), statistics.fmean(ranks[label])) for label, numbers in whole.items()
+    }
 
 
 def _others(outcome: Outcome, axis: str) -> tuple[Any, ...]:
@@ -146,7 +198,7 @@ def sweep_chart(settings: SweepSettings, found: Sequence[Summary], name: str, me
             x: Any = places if numeric else [item.labels[x_axis] for item in own]
             style = "line" if numeric else "points" if line_axis else "bars"
             lines.append(Line(label, x, [item.mean for item in own], [item.deviation for item in own], style))
-        panels.append(Panel(page, lines, x_axis, f"validation {metric}", log_x=view.log_x))
+        panels.append(Panel(page, lines, x_axis, f"{settings.split} {metric}", log_x=view.log_x))
     words = "; ".join(
         f"{' '.join(item.labels.values())}: {item.mean:.3f} (deviation {item.deviation:.3f}, {len(item.values)} seeds)"
         for item in found[:60]
@@ -159,8 +211,8 @@ def _averaged(found: list[Summary], axis: str) -> list[Summary]:
     result = []
     for label in dict.fromkeys(item.labels[axis] for item in found):
         own = [item for item in found if item.labels[axis] == label]
-        values = [value for item in own for value in item.values]
-        result.append(Summary({axis: label}, values, {}, own[0].trainable, own[0].changed, 0.0, 0.0))
+        pooled = [one for item in own for one in item.values]
+        result.append(Summary({axis: label}, pooled, {}, {}, own[0].trainable, own[0].changed, 0.0, 0.0))
     return result
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, DataError
-from .settings import Cell, Run, SweepSettings, cells, runs_of, train_settings
+from .settings import Cell, Run, SweepSettings, cells, extended, final_run, runs_of, train_settings
 
 __all__ = ["Outcome", "run_sweep", "stored"]
 
@@ -42,18 +42,18 @@ def run_sweep(settings: SweepSettings, folder: Path, console: Console) -> list[O
     for cell in grid:  # all are checked before the first one starts
         for run in runs_of(settings, cell, settings.seeds[0]):
             train_settings(run.recipe)
-    first, others = settings.seeds[0], settings.seeds[1:]
+    for cell in grid:
+        for run in runs_of(settings, cell, settings.seeds[0])[:1]:
+            train_settings(final_run(settings, cell, settings.seeds[0], run.tuned).recipe)
     deadline = None if settings.seconds is None else time.monotonic() + settings.seconds
     with _Pool(settings, folder, console, deadline) as pool:
         leaders = _leaders(settings, grid)
-        pool.make(run for cell in dict.fromkeys(leaders.values()) for run in runs_of(settings, cell, first))
-        chosen = {cell: _best(settings, folder, leaders[cell], first) for cell in grid}
+        best = _tuned(settings, folder, pool, list(dict.fromkeys(leaders.values())))
         rest = [
-            run
-            for seed in (first, *others)
+            final_run(settings, cell, seed, tuned)
+            for seed in settings.seeds
             for cell in grid
-            for run in runs_of(settings, cell, seed)
-            if run.tuned == chosen[cell]
+            if (tuned := best[leaders[cell]]) is not None
         ]
         pool.make(rest)
     return [outcome for run in rest if (outcome := stored(folder, run)) is not None]
@@ -81,9 +81,31 @@ def _leaders(settings: SweepSettings, grid: list[Cell]) -> dict[Cell, Cell]:
     return {cell: first[tuple(cell.label(axis) for axis in settings.tune_per)] for cell in grid}
 
 
-def _best(settings: SweepSettings, folder: Path, cell: Cell, seed: int) -> tuple[tuple[str, Any], ...] | None:
+def _tuned(
+    settings: SweepSettings, folder: Path, pool: _Pool, leading: list[Cell]
+) -> dict[Cell, tuple[tuple[str, Any], ...] | None]:
+    """The values that are best on validation for each cell that is tuned; lists grow where the best is at an end."""
+    seed = settings.seeds[0] if settings.tune_seed is None else settings.tune_seed
+    lists = {cell: dict(settings.tune) for cell in leading}
+    open_cells = leading
+    for turn in range(settings.extend + 1):
+        pool.make(run for cell in open_cells for run in runs_of(settings, cell, seed, lists[cell]))
+        best = {cell: _best(folder, runs_of(settings, cell, seed, lists[cell])) for cell in leading}
+        if turn == settings.extend:
+            break
+        grown = {
+            cell: {name: extended(values, dict(tuned)[name]) for name, values in lists[cell].items()}
+            for cell in open_cells
+            if (tuned := best[cell]) is not None
+        }
+        open_cells = [cell for cell in grown if grown[cell] != lists[cell]]
+        lists.update({cell: grown[cell] for cell in open_cells})
+    return best
+
+
+def _best(folder: Path, runs: list[Run]) -> tuple[tuple[str, Any], ...] | None:
     """The tuned values with the best validation metric; None where no run of the cell succeeded."""
-    found = [(run, stored(folder, run)) for run in runs_of(settings, cell, seed)]
+    found = [(run, stored(folder, run)) for run in runs]
     finished = [(run, outcome) for run, outcome in found if outcome is not None]
     if not finished:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..training.settings import TrainSettings
 
-__all__ = ["Cell", "Run", "SweepSettings", "cells", "merged", "runs_of", "train_settings"]
+__all__ = ["Cell", "Run", "SweepSettings", "ViewSettings", "cells", "final_run", "merged", "runs_of", "train_settings"]
 
 Labels = tuple[tuple[str, str], ...]  # axis -> label, in the order of the recipe
 
@@ -31,6 +31,9 @@ class ViewSettings:
         lines: one line per label; None is rows.
         log_x: logarithmic horizontal axis, for numeric labels.
         reference: compare with this label of an axis, run by run: {axis: label}.
+        metrics: numbers of a column, where it has other ones than its task's main metric: {label: [metric, ...]}.
+        averages: add the mean over all numbers of a row, and the mean of its ranks.
+        points: show hundredths as points, with two digits.
     """
 
     rows: str | None = None
@@ -40,6 +43,9 @@ class ViewSettings:
     lines: str | None = None
     log_x: bool = False
     reference: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, list[str]] = field(default_factory=dict)
+    averages: bool = False
+    points: bool = False
 
 
 @dataclass
@@ -51,7 +57,11 @@ class SweepSettings:
         claim: what the paper says there, in a sentence.
         base: a training recipe that all runs share.
         vary: axes of the grid: {setting: [values]}, or {name: {label: {setting: value}}}; settings in dotted notation.
-        tune: {setting: [values]}: chosen by the validation metric of the first seed.
+        tune: {setting: [values]}: chosen by the validation metric of one run each.
+        tune_seed: of the runs that choose; None is the first of seeds, whose chosen run then counts as a result, too.
+        extend: how many values may be tried beyond an end of a tuned list, while the best one is at that end.
+        final: {setting: value} for the runs that count, on top of the rest: the test set, which the search never reads.
+        split: the set whose metrics are shown and compared: validation, or test.
         tune_per: axes whose labels are tuned apart; others take what was best for their first label. None: every cell.
         seeds: of the runs.
         view: how results are laid out.
@@ -71,6 +81,10 @@ class SweepSettings:
     vary: dict[str, Any] = field(default_factory=dict)
     tune: dict[str, list[Any]] = field(default_factory=dict)
     tune_per: list[str] | None = None
+    tune_seed: int | None = None
+    extend: int = 0
+    final: dict[str, Any] = field(default_factory=dict)
+    split: str = "validation"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     view: ViewSettings = field(default_factory=ViewSettings)
     output: str | None = None
@@ -85,6 +99,15 @@ class SweepSettings:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ConfigError("seeds=[]: a sweep needs at least one seed.")
+        if self.split not in ("validation", "test"):
+            raise ConfigError(f"split={self.split!r} is unknown; expected validation or test.")
+        if self.split == "test" and (self.tune_seed is None or self.tune_seed in self.seeds):
+            raise ConfigError(
+                f"split=test with tune_seed={self.tune_seed}: the runs that choose must not be those that count; give "
+                "tune_seed a seed that is not among seeds."
+            )
+        if self.extend < 0:
+            raise ConfigError(f"extend={self.extend} must not be negative.")
         if self.workers < 1:
             raise ConfigError(f"workers={self.workers} must be at least 1.")
         if not self.vary:
@@ -166,15 +189,38 @@ def cells(settings: SweepSettings) -> list[Cell]:
     ]
 
 
-def runs_of(settings: SweepSettings, cell: Cell, seed: int) -> list[Run]:
-    """The runs of a cell and seed: one per combination of the tuned settings."""
+def runs_of(settings: SweepSettings, cell: Cell, seed: int, lists: dict[str, list[Any]] | None = None) -> list[Run]:
+    """The runs of a cell and seed: one per combination of the tuned settings, or of other lists in their place."""
     names = list(settings.tune)
     result = []
-    for values in itertools.product(*settings.tune.values()):
+    for values in itertools.product(*(lists or settings.tune).values()):
         tuned = tuple(zip(names, values, strict=True))
         recipe = merged(settings.base, {**settings.change, **dict(cell.changes), **dict(tuned), "training.seed": seed})
         result.append(Run(cell, seed, tuned, recipe))
     return result
+
+
+def final_run(settings: SweepSettings, cell: Cell, seed: int, tuned: tuple[tuple[str, Any], ...]) -> Run:
+    """The run of a cell and seed that counts, with the values that tuning chose."""
+    changes = {**settings.change, **dict(cell.changes), **dict(tuned), **settings.final, "training.seed": seed}
+    return Run(cell, seed, tuned, merged(settings.base, changes))
+
+
+def extended(values: list[Any], best: Any) -> list[Any]:
+    """A tuned list with one more value beyond the end where the best one is, in the list's own ratio there.
+
+    Example:
+        >>> extended([0.3, 1.0, 3.0], 3.0)
+        [0.3, 1.0, 3.0, 9.0]
+        >>> extended([0.3, 1.0, 3.0], 1.0)
+        [0.3, 1.0, 3.0]
+    """
+    numeric = all(isinstance(value, int | float) and value > 0 for value in values)
+    if not numeric or len(values) < 2 or values != sorted(set(values)):
+        return values
+    if best == values[0]:
+        return [float(f"{values[0] ** 2 / values[1]:.3g}"), *values]
+    return [*values, float(f"{values[-1] ** 2 / values[-2]:.3g}")] if best == values[-1] else values
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

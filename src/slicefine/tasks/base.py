@@ -31,11 +31,16 @@ class Loaded:
         model: a transformers model.
         processor: its tokenizer or image processor, saved beside the adapter.
         new_modules: names of modules that the checkpoint had no weights for (a new head); trained and saved whole.
+        entries: of the model's parameters, before any method adds some.
     """
 
     model: Any
     processor: Any
     new_modules: list[str] = field(default_factory=list)
+    entries: int = 0
+
+    def __post_init__(self) -> None:
+        self.entries = sum(parameter.numel() for parameter in self.model.parameters())
 
 
 @dataclass

@@ -146,7 +146,7 @@ class CausalLM:
                 ids = (prompt + answer)[:length]
                 if len(ids) > len(prompt):
                     inputs.append(ids)
-                    labels.append([IGNORED] * len(prompt) + ids[len(prompt) :])
+                    labels.append(ids if self.task.prompt_loss else [IGNORED] * len(prompt) + ids[len(prompt) :])
             return {"input_ids": inputs, "attention_mask": [[1] * len(i) for i in inputs], "labels": labels}
 
         return encode

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, DataError
+from .augment import Augmentation, augmentation
 from .base import Loaded, Metric, Prepared, register
 from .labels import Labelled, check_labels, class_names, label_numbers
 from .metrics import CLASSIFICATION
@@ -31,6 +32,7 @@ class ImageClassification(Labelled):
     def __init__(self, task: TaskSettings, model: ModelSettings, data: DataSettings) -> None:
         self.model, self.columns = model, data.columns
         self.labels: list[str] = list(task.labels or [])
+        self.augment = augmentation(task)
 
     def read(self, splits: dict[str, Any]) -> None:
         """Check the columns and learn the classes."""
@@ -60,16 +62,29 @@ class ImageClassification(Labelled):
         return loaded
 
     def prepare(self, splits: dict[str, Any], loaded: Loaded) -> Prepared:
-        """Attach the transform; it runs when a row is read."""
-        processor, image, label = loaded.processor, self.columns.image, self.columns.label
+        """Attach the transform; it runs when a row is read. Only the train set is augmented."""
+        prepared = {
+            split: dataset.with_transform(self._encoder(loaded.processor, self.augment if split == "train" else None))
+            for split, dataset in splits.items()
+        }
+        return Prepared(prepared, collate, {"remove_unused_columns": False})
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over the class names; an evaluation sees the pictures as they are, those of the train set, too."""
+        super().restore(state)
+        self.augment = None
+
+    def _encoder(self, processor: Any, augment: Augmentation | None) -> Any:
+        image, label = self.columns.image, self.columns.label
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             pictures = [picture.convert("RGB") for picture in batch[image]]
+            if augment is not None:
+                pictures = [augment([picture])[0] for picture in pictures]
             pixels = processor(pictures, return_tensors="pt")["pixel_values"]
             return {"pixel_values": list(pixels), "labels": label_numbers(batch[label], self.labels)}
 
-        prepared = {split: dataset.with_transform(encode) for split, dataset in splits.items()}
-        return Prepared(prepared, _collate, {"remove_unused_columns": False})
+        return encode
 
 
 def image_processor(settings: ModelSettings, config: Any) -> Any:
@@ -97,7 +112,8 @@ def image_processor(settings: ModelSettings, config: Any) -> Any:
     return ViTImageProcessor(size={"height": height, "width": width})
 
 
-def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack pixels and labels."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["labels"] for row in rows]),

@@ -10,6 +10,7 @@ from ..errors import ConfigError
 __all__ = ["Columns", "DataSettings", "ModelSettings", "TaskSettings"]
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+AUGMENTATIONS = ("none", "randaugment")
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Columns:
         text_pair: the second text of a pair.
         label: the label (integer or string), or the target of a regression.
         image: the image.
+        video: the file of a video, relative to the data's folder.
         prompt: what a causal model reads before it answers.
         answer: what it learns to answer; with it, the loss is on the answer only.
     """
@@ -69,6 +71,7 @@ class Columns:
     text_pair: str | None = None
     label: str = "label"
     image: str = "image"
+    video: str = "video"
     prompt: str = "prompt"
     answer: str | None = None
 
@@ -82,7 +85,7 @@ class DataSettings:
         name: configuration name on the hub.
         revision: branch, tag or commit on the hub.
         train: split name on the hub, or file name inside the folder; None looks for train.*.
-        validation: likewise; None looks for validation.*, valid.*, val.* or dev.*.
+        validation: likewise; None looks for validation.*, valid.*, val.* or dev.*, and "none" holds rows of train out.
         test: likewise; None looks for test.*.
         columns: names of the columns.
         validation_fraction: part of the train set that is held out if there is no validation set.
@@ -120,12 +123,18 @@ class TaskSettings:
     """The task.
 
     Args:
-        name: text-classification, text-regression, causal-lm or image-classification.
+        name: text-classification, text-regression, multiple-choice, causal-lm, reasoning, image-classification or
+            video-classification.
         metric: the metric that decides which checkpoint is best; None takes the task's own.
         max_length: longest sequence in tokens; None takes the model's limit, at most 512.
         labels: class names, in the order of their numbers; None takes them from the train set.
         packing: causal-lm, plain text: join the texts and cut them into full sequences.
-        template: causal-lm with answers: the prompt, with column names in braces; None is "{prompt}".
+        template: causal-lm with answers: the prompt, with column names in braces; None is "{prompt}",
+            and for reasoning the template of LLM-Adapters.
+        prompt_loss: causal-lm and reasoning with answers: the loss counts the prompt's tokens, too, as in LLM-Adapters.
+        augment: images and videos: randaugment changes the train set at random, none leaves it.
+        frames: frames of a video; None takes the model's own number.
+        stride: of how many frames of a video one is taken.
     """
 
     name: str = "text-classification"
@@ -134,7 +143,15 @@ class TaskSettings:
     labels: list[str] | None = None
     packing: bool = True
     template: str | None = None
+    prompt_loss: bool = False
+    augment: str = "none"
+    frames: int | None = None
+    stride: int = 4
 
     def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise ConfigError(f"task.augment={self.augment!r} is unknown; expected one of {', '.join(AUGMENTATIONS)}.")
+        if self.stride < 1 or (self.frames is not None and self.frames < 1):
+            raise ConfigError(f"task.frames={self.frames!r} and task.stride={self.stride!r} must be at least 1.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"task.max_length={self.max_length!r} must be at least 2 tokens.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .folders import class_folders
 from .settings import DataSettings
 
 __all__ = ["BUILT_IN", "LOADERS", "load_splits", "require_columns"]
@@ -14,6 +15,7 @@ __all__ = ["BUILT_IN", "LOADERS", "load_splits", "require_columns"]
 BUILT_IN = "docstrings"
 # file ending -> loader of the datasets library
 LOADERS = {"parquet": "parquet", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}
+NONE = "none"  # a split that is left out, although there may be a file of its name
 _NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
@@ -85,19 +87,25 @@ def _local(settings: DataSettings, path: Path) -> dict[str, Any]:
         files = {"train": path, **{k: Path(v) for k, v in _given(settings).items() if k != "train"}}
     else:
         given = _given(settings)
-        candidates = {split: path / given[split] if split in given else _find(path, split) for split in _NAMES}
+        candidates = {
+            split: path / given[split] if split in given else _find(path, split)
+            for split in _NAMES
+            if getattr(settings, split) != NONE
+        }
         files = {split: file for split, file in candidates.items() if file is not None}
+        if all(file.is_dir() for file in files.values()) and (clips := class_folders(settings, _NAMES)):
+            return clips
     if not files:
         raise DataError(
             f"data.path={settings.path!r}: no train, validation or test file with the ending "
-            f"{', '.join(LOADERS)} (or .gz of it) in the folder. Name the files with data.train, data.validation, "
-            "data.test."
+            f"{', '.join(LOADERS)} (or .gz of it) in the folder, and no videos in folders of classes. Name the files "
+            "with data.train, data.validation, data.test."
         )
     return {split: _read(file) for split, file in files.items()}
 
 
 def _given(settings: DataSettings) -> dict[str, str]:
-    return {split: name for split in _NAMES if (name := getattr(settings, split)) is not None}
+    return {split: name for split in _NAMES if (name := getattr(settings, split)) not in (None, NONE)}
 
 
 def _find(folder: Path, split: str) -> Path | None:
@@ -140,6 +148,8 @@ def _hub(settings: DataSettings) -> dict[str, Any]:
     splits = {}
     for split, names in _NAMES.items():
         wanted = getattr(settings, split)
+        if wanted == NONE:
+            continue
         if wanted is not None and wanted not in loaded:
             raise DataError(f"data.{split}={wanted!r}: {settings.path} has the splits {', '.join(loaded)} only.")
         found = wanted or next((name for name in names if name in loaded), None)

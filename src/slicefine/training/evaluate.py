@@ -17,6 +17,7 @@ from ..errors import AdapterFileError, ConfigError, DataError
 from ..files.adapter import CONFIG, find_adapter, read_adapter, read_config
 from ..files.merge import merge_files, missing_modules
 from ..files.writing import atomic_folder, check_target
+from ..methods.base import merge_layers
 from ..tasks import Prepared
 from ..tasks.settings import DataSettings
 from ..tasks.sources import load_splits
@@ -111,7 +112,7 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
     base = Path(model or run["model"]["path"]).expanduser()  # a name on the hub is no folder
     target = check_target(output, [run["folder"], *([base] if base.is_dir() else [])], overwrite)
     trained = load_trained(Path(adapter), model)
-    whole = trained.model.merge_and_unload() if run["adapter"] else trained.model
+    whole: Any = trained.model.merge_and_unload() if run["adapter"] else merge_layers(trained.model)
     try:
         with atomic_folder(target) as aside:
             whole.save_pretrained(aside)

@@ -1,23 +1,27 @@
-"""Make a loaded model trainable: SliceFine, LoRA, all weights, or the new head only."""
+"""Make a loaded model trainable, by SliceFine or any other method of the registry."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
+from ..methods import Base, find, options_of
 from ..tasks.base import Loaded, Prepared, Task
 from ..tuner import linear_names
 from .settings import SliceSettings, TrainSettings
 
 __all__ = [
     "ENERGY_BATCHES",
-    "is_adapter",
     "make_trainable",
     "measured_positions",
     "new_parameters",
+    "open_base",
+    "planned_steps",
     "tensor_counts",
     "train_batches",
     "typical_batches",
@@ -26,31 +30,21 @@ __all__ = [
 ENERGY_BATCHES = 8  # with 64, 97% of the first nine blocks are the same (docs/results/accuracy.md)
 
 
-def is_adapter(settings: TrainSettings) -> bool:
-    """Whether the method leaves a small file beside the base instead of a whole model."""
-    return settings.method.name in ("slicefine", "lora")
-
-
 def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared: Prepared) -> Any:
     """The model to train; it shares the weights of ``loaded.model``.
 
     Raises:
         ConfigError: if no layer matches, or the method does not fit the task.
+        UnsupportedError: if the model lacks what the method trains.
     """
-    name = settings.method.name
-    if name == "full":
-        loaded.model.requires_grad_(True)
-        return loaded.model
-    if name == "head":
-        return _head_only(loaded, task)
-    from peft import get_peft_model
-
-    if name == "slicefine":
-        config = _slice_config(loaded, task, settings, measured_positions(loaded, settings, prepared))
+    method = settings.chosen_method
+    if method.name == "slicefine":
+        options = _slice_options(loaded, settings, measured_positions(loaded, settings, prepared))
     else:
-        config = _lora_config(loaded, task, settings)
+        options = options_of(method, settings.method.options)
+    steps = planned_steps(settings, len(prepared.splits["train"]))
     try:
-        return get_peft_model(loaded.model, config)
+        return method.build(open_base(loaded, task, settings, steps), options)
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -58,6 +52,32 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared
             f"slice.target_modules={settings.slice.target_modules!r}: {error} The linear layers of this model are "
             f"called {', '.join(linear_names(loaded.model)[:20])}."
         ) from error
+
+
+def open_base(loaded: Loaded, task: Task, settings: TrainSettings, steps: int) -> Base:
+    """What a method of the registry is given."""
+    chosen = settings.slice
+    return Base(
+        model=loaded.model,
+        head=tuple(loaded.new_modules),
+        target_modules=chosen.target_modules,
+        exclude_modules=chosen.exclude_modules,
+        layers_to_transform=chosen.layers_to_transform,
+        task_type=task.peft_task_type,
+        steps=steps,
+        seed=settings.training.seed,
+    )
+
+
+def planned_steps(settings: TrainSettings, rows: int) -> int:
+    """Optimizer steps of a run over so many rows, as the Trainer counts them."""
+    training = settings.training
+    if training.max_steps is not None:
+        return training.max_steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = processes if processes > 1 else max(1, torch.cuda.device_count())
+    batches = math.ceil(rows / (training.batch_size * devices))
+    return math.ceil(training.epochs * max(1, math.ceil(batches / training.gradient_accumulation)))
 
 
 def train_batches(loaded: Loaded, settings: TrainSettings, prepared: Prepared, count: int) -> Iterator[dict[str, Any]]:
@@ -122,35 +142,11 @@ def tensor_counts(model: Any, loaded: Loaded) -> dict[str, int]:
     head = sum(p.numel() for p in new_parameters(model, loaded))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     movers = movers_of(model)
-    adapter = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     copies = sum(p.numel() for n, p in model.named_parameters() if "modules_to_save" in n or "slicefine_" in n)
-    total = sum(p.numel() for p in model.parameters()) - adapter - copies
+    added = sum(p.numel() for p in model.parameters()) - copies - loaded.entries
     if movers:
         trained = sum(mover.active_entries() for mover in movers) + head
-    return {"trainable": trained, "head": head, "total": total, "added": adapter}
-
-
-def _head_only(loaded: Loaded, task: Task) -> Any:
-    if not loaded.new_modules:
-        raise ConfigError(
-            f"method.name=head trains a new head, and task {task.name} has none; use slicefine, lora or full."
-        )
-    loaded.model.requires_grad_(False)
-    for module in loaded.new_modules:
-        loaded.model.get_submodule(module).requires_grad_(True)
-    return loaded.model
-
-
-def _common(loaded: Loaded, task: Task, settings: TrainSettings) -> dict[str, Any]:
-    chosen = settings.slice
-    return {
-        "task_type": task.peft_task_type,
-        "target_modules": chosen.target_modules,
-        "exclude_modules": chosen.exclude_modules,
-        "layers_to_transform": chosen.layers_to_transform,
-        "rank_pattern": dict(chosen.rank_pattern),
-        "modules_to_save": list(loaded.new_modules) or None,
-    }
+    return {"trainable": trained, "head": head, "total": loaded.entries, "added": added}
 
 
 def measured_positions(loaded: Loaded, settings: TrainSettings, prepared: Prepared) -> Any:
@@ -200,40 +196,7 @@ def _ranks(chosen: SliceSettings, name: str) -> tuple[int, int]:
     )
 
 
-def _slice_config(loaded: Loaded, task: Task, settings: TrainSettings, positions: Any) -> Any:
-    from ..peft import SliceFineConfig
-
-    chosen = settings.slice
-    return SliceFineConfig(
-        **_common(loaded, task, settings),
-        r=chosen.r,
-        mode=chosen.mode,
-        r_row=chosen.r_row,
-        r_column=chosen.r_column,
-        positions=positions,
-        start_values=chosen.start_values,
-        mask_fraction=chosen.mask_fraction,
-        moves=chosen.moves,
-        interval=chosen.interval,
-        minimum_steps=chosen.minimum_steps,
-        state_policy=chosen.state_policy,
-        rewarm_steps=chosen.rewarm_steps,
-        window=chosen.window,
-        window_order=chosen.window_order,
-        window_dwell=chosen.window_dwell,
-        reserve=chosen.reserve or None,
-        share=chosen.share,
-        seed=settings.training.seed if chosen.seed is None else chosen.seed,
-    )
-
-
-def _lora_config(loaded: Loaded, task: Task, settings: TrainSettings) -> Any:
-    from peft import LoraConfig
-
-    method = settings.method
-    return LoraConfig(
-        **_common(loaded, task, settings),
-        r=method.lora_r,
-        lora_alpha=method.lora_alpha or 2 * method.lora_r,
-        lora_dropout=method.lora_dropout,
-    )
+def _slice_options(loaded: Loaded, settings: TrainSettings, positions: Any) -> dict[str, Any]:
+    """The slice's settings as the method's options; positions are known by now."""
+    chosen = {name: getattr(settings.slice, name) for name in find("slicefine").options}
+    return {**chosen, "positions": positions, "reserve": settings.slice.reserve or None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..errors import ConfigError
 from ..tasks import Loaded, Prepared, Task, get_task
 from ..tasks.sources import load_splits
-from .methods import make_trainable, new_parameters
+from .methods import make_trainable, new_parameters, planned_steps
 from .screen import Screen
 from .settings import TrainSettings
 from .trainer import Record, SliceTrainer
@@ -47,14 +46,7 @@ class Session:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, as the Trainer counts them."""
-        training = self.settings.training
-        if training.max_steps is not None:
-            return training.max_steps
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        devices = processes if processes > 1 else max(1, torch.cuda.device_count())
-        batches = math.ceil(len(self.prepared.splits["train"]) / (training.batch_size * devices))
-        per_epoch = max(1, math.ceil(batches / training.gradient_accumulation))
-        return math.ceil(training.epochs * per_epoch)
+        return planned_steps(self.settings, len(self.prepared.splits["train"]))
 
     def trainer(self, folder: str, screen: Screen | None = None) -> SliceTrainer:
         """The Trainer; its checkpoints go to ``folder``."""
@@ -76,6 +68,8 @@ class Session:
             callbacks=callbacks,
             head_parameters=new_parameters(self.model, self.loaded),
             head_rate=settings.training.head_learning_rate,
+            method=settings.chosen_method,
+            options=settings.method.options,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)

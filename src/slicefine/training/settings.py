@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..initial import START_VALUES
+from ..methods import Method, find, options_of
 from ..mover import MoveSettings
 from ..schedule import POSITIONS, Schedule
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
@@ -15,18 +16,13 @@ from ..window import make_window
 
 __all__ = [
     "BackboneSettings",
-    "LEARNING_RATES",
     "LotterySettings",
-    "METHODS",
     "MethodSettings",
     "SliceSettings",
     "TrainSettings",
     "TrainingSettings",
 ]
 
-METHODS = ("slicefine", "lora", "full", "head")
-# used when a recipe names none; slices and adapters need 10 to 100 times the rate of full fine-tuning
-LEARNING_RATES = {"slicefine": 3e-3, "lora": 5e-4, "full": 5e-5, "head": 5e-3}
 _EVERY = ("epoch", "steps", "no")
 _MEASURED = ("energy", "most", "least", "mixed")
 _IMPORTANCE = ("wanda", "lottery")
@@ -37,22 +33,19 @@ class MethodSettings:
     """How to fine-tune; the baselines run through the same code.
 
     Args:
-        name: slicefine, lora, full (all weights) or head (the new head only).
-        lora_r: LoRA's rank.
-        lora_alpha: LoRA's alpha; None is twice the rank.
-        lora_dropout: LoRA's dropout.
+        name: slicefine, lora, bitfit, full (all weights), head (the new head only), and so on; `slicefine methods`
+            lists them all.
+        options: the method's own settings, such as {r: 8}; for slicefine they are below slice.
     """
 
     name: str = "slicefine"
-    lora_r: int = 8
-    lora_alpha: int | None = None
-    lora_dropout: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name not in METHODS:
-            raise ConfigError(f"method.name={self.name!r} is unknown; expected one of {', '.join(METHODS)}.")
-        if self.lora_r < 1:
-            raise ConfigError(f"method.lora_r={self.lora_r!r} must be at least 1.")
+        method = find(self.name)
+        if self.options and self.name == "slicefine":
+            raise ConfigError(f"method.options={self.options!r}: slicefine's settings are below slice, as slice.r.")
+        options_of(method, self.options)
 
 
 @dataclass
@@ -224,6 +217,7 @@ class TrainingSettings:
         batch_size: rows per device and step.
         eval_batch_size: rows per device when evaluating; None is four times batch_size.
         learning_rate: peak rate; None takes the method's own.
+        rate_factor: multiplies learning_rate, or the method's own: one grid to search with, for all methods.
         head_learning_rate: rate of a new head; None is learning_rate.
         weight_decay: AdamW's decay.
         optimizer: a name that transformers' Trainer knows, such as adamw_torch.
@@ -251,6 +245,7 @@ class TrainingSettings:
     batch_size: int = 16
     eval_batch_size: int | None = None
     learning_rate: float | None = None
+    rate_factor: float = 1.0
     head_learning_rate: float | None = None
     weight_decay: float = 0.0
     optimizer: str = "adamw_torch"
@@ -280,7 +275,7 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"training.{name}={value!r} must be at least 1; leave it out for the default.")
-        for name in ("learning_rate", "head_learning_rate"):
+        for name in ("learning_rate", "rate_factor", "head_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < float("inf"):
                 raise ConfigError(f"training.{name}={value!r} must be positive.")
@@ -351,7 +346,13 @@ class TrainSettings:
     @property
     def learning_rate(self) -> float:
         """The peak rate: the recipe's, or the method's own."""
-        return self.training.learning_rate or LEARNING_RATES[self.method.name]
+        rate = self.training.learning_rate or self.chosen_method.learning_rate
+        return rate * self.training.rate_factor
+
+    @property
+    def chosen_method(self) -> Method:
+        """The registry's entry that method.name is."""
+        return find(self.method.name)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data, for files."""

@@ -9,14 +9,16 @@ from typing import Any
 
 from ..errors import AdapterFileError
 from ..files.adapter import find_adapter
+from ..methods import Base, find, options_of
+from ..methods.files import load_tensors, save_tensors
 from ..tasks import Columns, DataSettings, Loaded, ModelSettings, Task, TaskSettings, get_task
-from .methods import is_adapter
 from .session import Session
 
 __all__ = ["RUN_FILE", "Trained", "load_trained", "read_run", "save_trained", "weight_bytes"]
 
 RUN_FILE = "slicefine_run.json"  # what eval and merge need to know, beside the weights
 FORMAT_VERSION = 1
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform")
 
 
 class Trained:
@@ -35,21 +37,25 @@ class Trained:
 
 def save_trained(session: Session, folder: Path) -> None:
     """Write model or adapter, processor, and the run file into an existing folder."""
-    settings = session.settings
-    if is_adapter(settings):
+    settings, method = session.settings, session.settings.chosen_method
+    if method.saves == "adapter":
         for config in session.model.peft_config.values():
             config.base_model_name_or_path = session.loaded.model.config._name_or_path
         session.model.save_pretrained(folder, save_embedding_layers=False)  # embeddings are never trained
+    elif method.saves == "tensors":
+        save_tensors(session.model, method, options_of(method, settings.method.options), folder)
     else:
         session.model.save_pretrained(folder)
     session.loaded.processor.save_pretrained(folder)
     content = {
         "version": FORMAT_VERSION,
-        "adapter": is_adapter(settings),
+        "adapter": method.saves == "adapter",
         "model": settings.as_dict()["model"],
         "data": settings.as_dict()["data"],
         "task": settings.as_dict()["task"],
         "method": settings.method.name,
+        "seed": settings.training.seed,
+        "targets": {name: getattr(settings.slice, name) for name in _TARGETS},
         "state": session.task.state(),
     }
     (folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -95,7 +101,8 @@ def load_trained(folder: Path, model_path: str | None = None) -> Trained:
     run = read_run(folder)
     folder = run["folder"]
     model_settings = ModelSettings(**run["model"])
-    if not run["adapter"]:
+    method = find(run.get("method", "full"))
+    if not run["adapter"] and method.saves == "model":
         model_settings = replace(model_settings, path=str(folder), config=None, revision=None, tokenizer=None)
     elif model_path is not None:
         model_settings = replace(model_settings, path=model_path)
@@ -103,7 +110,12 @@ def load_trained(folder: Path, model_path: str | None = None) -> Trained:
     task = get_task(TaskSettings(**run["task"]), model_settings, data)
     task.restore(run["state"])
     loaded = task.load()
-    model = _attach(loaded.model, folder) if run["adapter"] else loaded.model
+    model = loaded.model
+    if run["adapter"]:
+        model = _attach(model, folder)
+    elif method.saves == "tensors":
+        base = Base(model, tuple(loaded.new_modules), task_type=task.peft_task_type, seed=run["seed"], **run["targets"])
+        model = load_tensors(base, method, folder)
     model.eval()
     return Trained(model, task, loaded, data)
 

@@ -1,15 +1,17 @@
-"""transformers' Trainer with three small additions: a rate for the head, a stop at NaN, and a record of the run."""
+"""transformers' Trainer with small additions: a method's own rates and penalty, a stop at NaN, a record of the run."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ConfigError, NumericalError
+from ..methods import Method, options_of
 from ..mover import movers_of
 
 __all__ = ["Record", "SliceTrainer", "check_weights"]
@@ -21,12 +23,31 @@ _REMEDY = (
 
 
 class SliceTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose new head may have its own learning rate, and which stops at the first loss that is not finite."""
+    """Trainer that does what the method asks for, and stops at the first loss that is not finite.
 
-    def __init__(self, *args: Any, head_parameters: list[Any], head_rate: float | None, **kwargs: Any) -> None:
+    Args:
+        head_parameters: of the new head.
+        head_rate: the head's own learning rate; None is everyone's.
+        method: whose rates, optimizer, penalty and work after each step are used.
+        options: of the method, as the recipe gives them.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        head_parameters: list[Any],
+        head_rate: float | None,
+        method: Method,
+        options: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._head = {id(parameter) for parameter in head_parameters}
         self._head_rate = head_rate
+        self._method = method
+        self._options = dict(options) if method.name == "slicefine" else options_of(method, options)
+        if method.after_step is not None:
+            self.add_callback(_AfterStep(method.after_step))
         # reading a loss waits for a GPU, so there it is read when the loss is logged; a move checks the slices anyway
         self.check_every = 1 if self.args.device.type == "cpu" else max(1, int(self.args.logging_steps))
         self._bad: Any = None
@@ -34,19 +55,32 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', then the head's parameters go into groups with their own rate."""
         fresh = self.optimizer is None
+        if fresh and self._method.optimizer is not None:
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = self._method.optimizer(cast(nn.Module, self.model), self._options, rate, decay)
         try:
             optimizer = super().create_optimizer(model)
         except ImportError as error:
             name = getattr(self.args.optim, "value", self.args.optim)
             raise ConfigError(f"training.optimizer={name!r}: {error}") from error
         if fresh and self._head_rate is not None:
-            for group in list(optimizer.param_groups):
-                head = [p for p in group["params"] if id(p) in self._head]
-                group["params"] = [p for p in group["params"] if id(p) not in self._head]
-                if head:
-                    settings = {k: v for k, v in group.items() if k != "params"}
-                    optimizer.add_param_group({**settings, "params": head, "lr": self._head_rate})
+            _regroup(optimizer, dict.fromkeys(self._head, self._head_rate))
+        if fresh and self._method.groups is not None:
+            factor, rate, model = self._method.groups, self.args.learning_rate, cast(nn.Module, self.model)
+            rates = {id(p): factor(name, self._options) * rate for name, p in model.named_parameters()}
+            _regroup(optimizer, {id_: own for id_, own in rates.items() if own != rate and id_ not in self._head})
         return optimizer
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', plus the method's penalty while training."""
+        found = super().compute_loss(*args, **kwargs)
+        model = cast(nn.Module, self.model)
+        if self._method.penalty is None or not model.training:
+            return found
+        penalty = self._method.penalty(model, self.state.global_step / max(1, self.state.max_steps))
+        if self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None:
+            penalty = penalty / self.current_gradient_accumulation_steps  # the Trainer will not divide it
+        return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; raises `NumericalError` at a loss that is not finite (on a GPU: when it is logged)."""
@@ -75,6 +109,32 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         if math.isnan(loss):
             raise NumericalError(f"evaluation after step {self.state.global_step}: the loss is {loss}. {_REMEDY}")
         return found
+
+
+def _regroup(optimizer: Any, rates: dict[int, float]) -> None:
+    """Move parameters into groups of their own rate.
+
+    Args:
+        optimizer: changed in place.
+        rates: of parameters, by ``id``.
+    """
+    for group in list(optimizer.param_groups):
+        settings = {name: value for name, value in group.items() if name != "params"}
+        for rate in sorted({rates[id(p)] for p in group["params"] if id(p) in rates}):
+            own = [p for p in group["params"] if rates.get(id(p)) == rate]
+            group["params"] = [p for p in group["params"] if rates.get(id(p)) != rate]
+            optimizer.add_param_group({**settings, "params": own, "lr": rate})
+
+
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    """Calls what a method does after each optimizer step, while gradients are still there."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The Trainer's count is of the steps before this one."""
+        self.work(model, state.global_step + 1, state.max_steps)
 
 
 def check_weights(model: Any, step: int) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from .methods import is_adapter
 from .session import Session
 from .trained import load_trained
 
@@ -20,11 +19,16 @@ _ROWS = 64
 
 @torch.no_grad()
 def predictions(model: Any, session: Session, rows: int = _ROWS) -> torch.Tensor:
-    """The model's outputs on the first rows of the validation set (of the train set if there is none), on the CPU."""
+    """The model's outputs on the first rows of the validation set (of the train set if there is none), on the CPU.
+
+    Rows whose pictures or clips are drawn at random are drawn from one seed.
+    """
     splits = session.prepared.splits
     data = splits.get("validation", splits["train"])
     count = min(rows, len(data))
-    batch = session.prepared.collator([data[i] for i in range(count)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        batch = session.prepared.collator([data[i] for i in range(count)])
     device = next(model.parameters()).device
     model.eval()
     logits: torch.Tensor = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits
@@ -41,11 +45,11 @@ def same_predictions(session: Session, folder: Path) -> bool:
 
 
 def same_weights(session: Session) -> bool | None:
-    """Whether unloading the adapter gives every original weight back, bit for bit. None for full and head.
+    """Whether unloading the adapter gives every original weight back, bit for bit. None for what is no adapter.
 
     The session's model is unloaded by this, so it comes last. The new head has no original and is left out.
     """
-    if not is_adapter(session.settings):
+    if session.settings.chosen_method.saves != "adapter" or not hasattr(session.model.base_model, "unload"):
         return None
     fresh = session.task.load()
     unloaded = session.model.unload().state_dict()

@@ -1,0 +1,114 @@
+"""Recipes of the paper's tables: the published numbers, and a sweep per scale that makes ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .settings import SweepSettings, ViewSettings
+
+__all__ = ["FOLDER", "PaperTable", "find_recipe", "read_table"]
+
+FOLDER = "recipes/paper"
+METHODS = "methods.yaml"
+_FIELDS = {"title", "claim", "source", "columns", "paper", "scales"}
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper and the sweep that makes ours.
+
+    Attributes:
+        name: of the recipe.
+        source: what the published numbers are.
+        columns: labels of the columns, as the sweep has them.
+        paper: the published numbers of each row, as printed; a cell may have several, separated by a slash.
+        settings: the sweep of the chosen scale.
+    """
+
+    name: str
+    source: str
+    columns: list[str]
+    paper: dict[str, list[str]]
+    settings: SweepSettings
+
+    def average(self, row: str) -> float | None:
+        """Mean over all published numbers of a row, computed here; None where one is missing."""
+        try:
+            numbers = [float(part) for cell in self.paper[row] for part in cell.split("/")]
+        except (KeyError, ValueError):
+            return None
+        return sum(numbers) / len(numbers)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a table: a path, or a name below recipes/paper, here or where the package comes from.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    given = Path(name).expanduser()
+    if given.suffix in (".yaml", ".yml") and given.is_file():
+        return given
+    package = Path(__file__).resolve().parents[1]
+    folders = [Path(FOLDER), package / "recipes", package.parents[1] / FOLDER]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")} - {Path(METHODS).stem})
+    raise ConfigError(f"{name!r} is no recipe of a table; there are {', '.join(known) or 'none'}, or give a file.")
+
+
+def read_table(file: Path, scale: str) -> PaperTable:
+    """Read a recipe at a scale.
+
+    Raises:
+        ConfigError: for a scale, a method or a field that it does not have.
+    """
+    content = _load(file)
+    unknown = sorted(content.keys() - _FIELDS)
+    if unknown:
+        raise ConfigError(f"{file}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(_FIELDS))}.")
+    scales = content.get("scales") or {}
+    if scale not in scales:
+        raise ConfigError(f"{file}: scale={scale!r} is not there; it has {', '.join(scales) or 'none'}.")
+    chosen = dict(scales[scale])
+    names = [name for group in chosen.pop("methods", []) for name in (group if isinstance(group, list) else [group])]
+    vary = {**_methods(file, names), **chosen.pop("vary", {})}
+    view = ViewSettings(**chosen.pop("view", {}))
+    try:
+        settings = SweepSettings(title=content["title"], claim=content.get("claim", ""), vary=vary, view=view, **chosen)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{file}: scale {scale}: {error}") from error
+    paper = {row: [str(cell) for cell in cells] for row, cells in (content.get("paper") or {}).items()}
+    columns = [str(column) for column in content.get("columns", [])]
+    for row, cells in paper.items():
+        if len(cells) != len(columns):
+            raise ConfigError(f"{file}: paper: {row} has {len(cells)} numbers for {len(columns)} columns.")
+    return PaperTable(file.stem, content.get("source", ""), columns, paper, settings)
+
+
+def _methods(file: Path, names: list[str]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The axis of methods, from the list that all tables share."""
+    if not names:
+        return {}
+    known = _load(file.parent / METHODS)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(f"{file}: methods {', '.join(missing)} are not in {METHODS}.")
+    return {"method": {name: known[name] for name in names}}
+
+
+def _load(file: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a mapping, got {type(content).__name__}.")
+    return content

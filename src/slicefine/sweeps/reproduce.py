@@ -1,0 +1,161 @@
+"""A table of the paper: run its sweep, and show ours beside the published numbers, and the price of each method."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..charts import Chart, Line, Panel, plain
+from ..errors import SliceFineError
+from ..plots import save_chart
+from .paper import PaperTable
+from .report import sweep
+from .results import Summary, row_averages
+from .settings import cells, final_run, runs_of, train_settings
+
+__all__ = ["beside_the_paper", "markdown", "price_chart", "reproduce"]
+
+
+def reproduce(table: PaperTable, console: Console | None = None) -> list[Summary]:
+    """Make the runs that are missing; print and write the table.
+
+    Returns:
+        One summary per cell that has a run; none for a dry run.
+
+    Raises:
+        ConfigError: for a setting that is wrong.
+    """
+    console = console or Console(width=None if Console().is_terminal else 170)
+    if table.settings.dry_run:
+        print_forecast(table, console)
+        return []
+    found = sweep(table.settings, console)
+    console.print(beside_the_paper(table, found))
+    folder = Path(str(table.settings.output)).expanduser()
+    (folder / "table.md").write_text(markdown(table, found), encoding="utf-8")
+    save_chart(price_chart(table, found), folder)
+    from ..training.report import write_json
+
+    write_json(
+        folder / "table.json", plain({"paper": table.paper, "source": table.source, "ours": _ours(table, found)})
+    )
+    return found
+
+
+def _ours(table: PaperTable, found: Sequence[Summary]) -> list[dict[str, Any]]:
+    return [{**asdict(item), "mean": item.mean, "deviation": item.deviation} for item in found]
+
+
+def _axes(table: PaperTable) -> tuple[str, str]:
+    view, axes = table.settings.view, list(table.settings.vary)
+    rows = view.rows or axes[0]
+    return rows, view.columns or next((axis for axis in axes if axis != rows), "")
+
+
+def beside_the_paper(table: PaperTable, found: Sequence[Summary]) -> Table:
+    """Our average of each row, and the paper's, recomputed from its cells; the models differ, the order may agree."""
+    rows, columns = _axes(table)
+    ours = row_averages(found, rows, columns, table.settings.view.metrics)
+    result = Table(title=f"averages beside {table.source}")
+    for name in (rows, "ours", "our rank", "paper", "paper's rank"):
+        result.add_column(name, justify="left" if name == rows else "right")
+    both = {row: average for row in ours if (average := table.average(row)) is not None}
+    places = {row: place for place, row in enumerate(sorted(both, key=lambda row: -both[row]), start=1)}
+    mine = {row: place for place, row in enumerate(sorted(ours, key=lambda row: -ours[row][0]), start=1)}
+    for row in sorted(ours, key=lambda row: mine[row]):
+        published = ("-", "-") if row not in both else (f"{both[row]:.2f}", str(places[row]))
+        result.add_row(row, f"{100 * ours[row][0]:.2f}", str(mine[row]), *published)
+    return result
+
+
+def markdown(table: PaperTable, found: Sequence[Summary]) -> str:
+    """The table as Markdown: ours with deviations over seeds, then the price of each method."""
+    rows, columns = _axes(table)
+    metrics = table.settings.view.metrics
+    heads = list(dict.fromkeys(item.labels.get(columns, "") for item in found))
+    ours = row_averages(found, rows, columns, metrics)
+    names = [rows, *heads, "average", "rank", "trained", "changed", "file MiB", "s/run"]
+    lines = [f"# {table.settings.title}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for label in dict.fromkeys(item.labels[rows] for item in found):
+        own = [item for item in found if item.labels[rows] == label]
+        shown = [_cell([i for i in own if i.labels.get(columns, "") == head], metrics.get(head, [])) for head in heads]
+        total = ours.get(label)
+        ends = ["-", "-"] if total is None else [f"{100 * total[0]:.2f}", f"{total[1]:.1f}"]
+        price = [f"{statistics.median(getattr(i, name) for i in own):,.0f}" for name in ("trainable", "changed")]
+        file, seconds = (statistics.fmean(getattr(i, name) for i in own) for name in ("file", "seconds"))
+        lines.append("| " + " | ".join([label, *shown, *ends, *price, f"{file / 2**20:.2f}", f"{seconds:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(own: Sequence[Summary], metrics: Sequence[str]) -> str:
+    if not own:
+        return "-"
+    item = own[0]
+    numbers = [statistics.fmean(item.metrics[name]) for name in metrics] or [item.mean]
+    return "/".join(f"{100 * number:.1f}" for number in numbers) + f" ± {100 * item.deviation:.1f}"
+
+
+def price_chart(table: PaperTable, found: Sequence[Summary]) -> Chart:
+    """Average metric against trained entries, training time, memory and file size: one point per method."""
+    rows, columns = _axes(table)
+    ours = row_averages(found, rows, columns, table.settings.view.metrics)
+    prices = {"entries trained at a time": "trainable", "training time (s)": "seconds", "file (MiB)": "file"}
+    panels = []
+    for title, name in prices.items():
+        lines = []
+        for label, (average, _) in ours.items():
+            own = [getattr(item, name) for item in found if item.labels[rows] == label]
+            price = statistics.fmean(own) / (2**20 if name == "file" else 1)
+            lines.append(Line(label, [max(price, 1e-3)], [100 * average], style="points"))
+        panels.append(Panel("", lines, title, "average metric (points)", log_x=True))
+    words = "; ".join(f"{label}: {100 * average:.2f}" for label, (average, _) in ours.items())
+    return Chart("prices", f"{table.settings.title}: what accuracy costs", panels, words)
+
+
+def print_forecast(table: PaperTable, console: Console) -> None:
+    """The plan of a dry run: runs, and predicted time and memory of each column's task, measured on a few steps."""
+    from ..training.screen import quiet_libraries
+
+    settings = table.settings
+    grid = cells(settings)
+    tuning = len(runs_of(settings, grid[0], 0)) if settings.tune else 0
+    each = tuning + len(settings.seeds)
+    console.print(f"{settings.title}: {len(grid)} cells, {tuning} runs to choose and {len(settings.seeds)} that count")
+    _, columns = _axes(table)
+    quiet_libraries()
+    shown = Table(title="predicted for SliceFine, column r=5; methods beside the layers take up to twice as long")
+    for name in (columns, "runs", "steps", "s/step", "hours", "memory MiB"):
+        shown.add_column(name, justify="left" if name == columns else "right")
+    total = 0.0
+    for head in dict.fromkeys(cell.label(columns) for cell in grid):
+        own = [cell for cell in grid if cell.label(columns) == head]
+        run = final_run(settings, own[0], settings.seeds[0], runs_of(settings, own[0], 0)[0].tuned)
+        runs = each * len(own)
+        try:
+            steps, seconds, memory = _forecast(run.recipe)
+        except SliceFineError as error:
+            shown.add_row(head, str(runs), f"not at hand: {str(error)[:80]}", "-", "-", "-")
+            continue
+        hours = runs * steps * seconds / 3600
+        total += hours
+        shown.add_row(head, str(runs), f"{steps:,}", f"{seconds:.3g}", f"{hours:.2f}", f"{memory / 2**20:,.0f}")
+    console.print(shown)
+    console.print(f"about {total / settings.workers:.1f} hours with {settings.workers} workers, evaluation not counted")
+
+
+def _forecast(recipe: dict[str, Any]) -> tuple[int, float, int]:
+    from dataclasses import replace
+
+    from ..training.forecast import forecasts
+    from ..training.session import build
+
+    settings = train_settings(recipe)
+    session = build(replace(settings, method=replace(settings.method, name="full", options={})))
+    (found,) = forecasts(session, ["column"], [5], batches=2, rounds=1)
+    return session.total_steps, found.seconds, found.memory

@@ -1,0 +1,219 @@
+"""Tables of the paper: every recipe is sound, averages are computed, and a small one runs, resumes and prints."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from cli_helpers import ROOT, save_bert, save_reviews
+from slicefine.cli.main import main
+from slicefine.errors import ConfigError, DataError
+from slicefine.methods import methods
+from slicefine.sweeps.paper import FOLDER, METHODS, PaperTable, find_recipe, read_table
+from slicefine.sweeps.reproduce import beside_the_paper, markdown, price_chart, reproduce
+from slicefine.sweeps.results import Summary, row_averages, value
+from slicefine.sweeps.settings import SweepSettings, cells, extended, final_run, runs_of, train_settings
+
+pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
+TABLES = sorted(file for file in (ROOT / FOLDER).glob("*.yaml") if file.name != METHODS)
+SCALES = [(file, scale) for file in TABLES for scale in yaml.safe_load(file.read_text())["scales"]]
+
+
+@pytest.mark.parametrize(("file", "scale"), SCALES, ids=[f"{file.stem}-{scale}" for file, scale in SCALES])
+def test_every_recipe_of_a_table_is_sound(file: Path, scale: str):
+    table = read_table(file, scale)
+    grid = cells(table.settings)
+    for cell in grid:
+        run = runs_of(table.settings, cell, 0)[0]
+        train_settings(run.recipe)
+        train_settings(final_run(table.settings, cell, 1, run.tuned).recipe)
+    columns = {cell.label(table.settings.view.columns) for cell in grid}
+    assert columns <= set(table.columns) or scale == "here"
+    rows = {cell.label(table.settings.view.rows) for cell in grid}
+    assert scale == "here" or set(table.paper) <= rows, "a row of the paper is missing at its own scale"
+    if table.settings.split == "test":  # the search must not see what is published
+        assert all(run.recipe["data"]["limit_test"] == 0 for run in runs_of(table.settings, grid[0], 0))
+        assert table.settings.tune_seed not in table.settings.seeds
+
+
+def test_every_method_of_the_registry_has_a_row():
+    rows = yaml.safe_load((ROOT / FOLDER / METHODS).read_text())
+    used = {settings.get("method.name", "slicefine") for settings in rows.values()}
+    assert used == set(methods())
+
+
+def test_published_averages_are_recomputed():
+    table = read_table(find_recipe(str(ROOT / FOLDER / "table7.yaml")), "paper")
+    assert table.average("FT") == pytest.approx(84.80, abs=0.02)  # Table 7 prints 84.80
+    assert table.average("SliceFine-5RC") == pytest.approx(86.35, abs=0.02)
+    assert table.average("nobody") is None
+
+
+def write(folder: Path, content: dict, rows: dict | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METHODS).write_text(yaml.safe_dump(rows or {"LoRA": {"method.name": "lora"}}))
+    (folder / "small.yaml").write_text(yaml.safe_dump(content))
+    return folder / "small.yaml"
+
+
+def test_recipes_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    scale = {"vary": {"task": {"a": {}}}}
+    for content, message in (
+        ({"title": "t", "scales": {"paper": scale}}, "scale='here' is not there; it has paper"),
+        ({"title": "t", "tables": 1, "scales": {"here": scale}}, "unknown fields tables; expected claim"),
+        ({"title": "t", "scales": {"here": {**scale, "methods": ["DoRA"]}}}, "methods DoRA are not in methods.yaml"),
+        ({"title": "t", "scales": {"here": {**scale, "cells": 1}}}, "scale here: .*cells"),
+        ({"title": "t", "columns": ["a"], "paper": {"x": [1, 2]}, "scales": {"here": scale}}, "x has 2 numbers for 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_table(write(tmp_path, content), "here")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        read_table(tmp_path / "bad.yaml", "here")
+    (tmp_path / "bad.yaml").write_text("[]")
+    with pytest.raises(ConfigError, match="expected a mapping, got list"):
+        read_table(tmp_path / "bad.yaml", "here")
+    with pytest.raises(ConfigError, match="'table99' is no recipe of a table; there are .*table7"):
+        find_recipe("table99")
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("table7").is_file()
+
+
+def test_a_test_set_needs_runs_that_chose_without_it():
+    vary = {"slice.r": [1]}
+    for settings in ({"tune_seed": None}, {"tune_seed": 1, "seeds": [1, 2]}):
+        with pytest.raises(ConfigError, match="the runs that choose must not be those that count"):
+            SweepSettings(vary=vary, split="test", **settings)
+    with pytest.raises(ConfigError, match="split='dev' is unknown; expected validation or test"):
+        SweepSettings(vary=vary, split="dev")
+    with pytest.raises(ConfigError, match="extend=-1 must not be negative"):
+        SweepSettings(vary=vary, extend=-1)
+
+
+def test_lists_grow_only_at_their_ends():
+    assert extended([0.333, 1.0, 3.0], 0.333) == [0.111, 0.333, 1.0, 3.0]
+    assert extended([1, 2], 2) == [1, 2, 4.0]
+    assert extended([1], 1) == [1]
+    assert extended([3, 1], 3) == [3, 1]
+    assert extended(["a", "b"], "a") == ["a", "b"]
+    assert extended([True, False], True) == [True, False]
+
+
+def summary(row: str, column: str, value: float, **metrics: float) -> Summary:
+    found = {name: [number] for name, number in metrics.items()}
+    return Summary({"method": row, "task": column}, [value], found, {}, 10, 20, 1.0, 2.0**20)
+
+
+FOUND = [
+    *(summary("A", "one", 0.8), summary("A", "two", 0.5, f1=0.6, accuracy=0.4)),
+    *(summary("B", "one", 0.7), summary("B", "two", 0.5, f1=0.9, accuracy=0.4)),
+    summary("C", "one", 0.9),  # lacks a column
+]
+
+
+def test_averages_and_ranks_are_over_all_numbers():
+    found = row_averages(FOUND, "method", "task", {"two": ["accuracy", "f1"]})
+    assert found["A"] == (pytest.approx((0.8 + 0.4 + 0.6) / 3), pytest.approx((1 + 1.5 + 2) / 3))
+    assert found["B"] == (pytest.approx((0.7 + 0.4 + 0.9) / 3), pytest.approx((2 + 1.5 + 1) / 3))
+    assert "C" not in found
+
+
+def table_of(settings: SweepSettings) -> PaperTable:
+    return PaperTable("small", "the paper", ["one", "two"], {"A": ["90.0", "80/70"], "B": ["80.0", "60/61"]}, settings)
+
+
+def test_ours_and_the_papers_stand_beside_each_other():
+    settings = SweepSettings(title="T", vary={"method": ["A", "B", "C"], "task": ["one", "two"]})
+    settings.view.metrics = {"two": ["accuracy", "f1"]}
+    table = table_of(settings)
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(beside_the_paper(table, FOUND))
+    shown = console.export_text()
+    assert [row.split()[1::2] for row in shown.splitlines() if "│ A" in row] == [["A", "60.00", "2", "80.00", "1"]]
+    text = markdown(table, FOUND)
+    assert "| A | 80.0 ± 0.0 | 40.0/60.0 ± 0.0 | 60.00 | 1.5 | 10 | 20 | 1.00 | 1 |" in text
+    assert "| C | 90.0 ± 0.0 | - | - | - |" in text
+    chart = price_chart(table, FOUND)
+    assert [line.label for line in chart.panels[0].lines] == ["A", "B"]
+
+
+def test_a_small_table_runs_resumes_and_is_identical(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bert, reviews = save_bert(tmp_path), save_reviews(tmp_path)
+    content = {
+        "title": "Small",
+        "source": "nobody",
+        "columns": ["short", "long"],
+        "paper": {"LoRA": [50, 60]},
+        "scales": {
+            "here": {
+                "base": {
+                    "model": {"path": bert},
+                    "data": {"path": reviews, "validation": "none", "test": "validation.jsonl", "limit_test": 0},
+                    "training": {"max_steps": 2, "batch_size": 8, "evaluate": "no", "evaluate_before": False},
+                },
+                "methods": ["LoRA", "BitFit"],
+                "vary": {"task": {"short": {"task.max_length": 8}, "long": {"task.max_length": 16}}},
+                "tune": {"training.rate_factor": [1.0, 3.0]},
+                "extend": 1,
+                "tune_seed": 0,
+                "seeds": [1, 2],
+                "final": {"data.limit_test": 8},
+                "split": "test",
+                "view": {"rows": "method", "columns": "task", "averages": True, "reference": {"method": "LoRA"}},
+            }
+        },
+    }
+    rows = {"LoRA": {"method.name": "lora"}, "BitFit": {"method.name": "bitfit"}}
+    file = write(tmp_path / "recipes", content, rows)
+    command = ["reproduce", str(file), "--output", str(tmp_path / "out")]
+    assert main([*command, "--limit", "5"]) == 1  # killed half-way: all five went into the search
+    runs = tmp_path / "out" / "runs"
+    first = {path.name: path.read_text() for path in runs.iterdir()}
+    assert len(first) == 5
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "averages beside nobody" in shown
+    after = {path.name: path.read_text() for path in runs.iterdir()}
+    assert {name: after[name] for name in first} == first
+    outcomes = [json.loads(text) for text in after.values()]
+    counted = [outcome for outcome in outcomes if outcome["seed"] in (1, 2)]
+    assert len(counted) == 2 * 2 * 2
+    assert all("test" in outcome["after"] for outcome in counted)
+    assert not any("test" in outcome["after"] for outcome in outcomes if outcome["seed"] == 0)
+    tried = {(o["labels"]["method"], o["labels"]["task"]): 0 for o in outcomes}
+    for outcome in outcomes:
+        tried[outcome["labels"]["method"], outcome["labels"]["task"]] += outcome["seed"] == 0
+    assert set(tried.values()) <= {2, 3}  # a third rate where the better one was at an end
+    for name in ("index.json", "table.json", "table.md", "figure.png", "prices.png"):
+        assert (tmp_path / "out" / name).is_file()
+
+    with pytest.raises(DataError, match="it measured no train set; set data.train, or split"):
+        value(counted[0], "train")
+    again = [*command[:-1], str(tmp_path / "again")]
+    assert main(again) == 0
+    for path in (tmp_path / "again" / "runs").iterdir():
+        one, other = json.loads(path.read_text()), json.loads(after[path.name])
+        assert one["after"] == other["after"]
+        assert [h.get("loss") for h in one["history"]] == [h.get("loss") for h in other["history"]]
+
+
+def test_a_dry_run_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bert, reviews = save_bert(tmp_path), save_reviews(tmp_path)
+    base = {"model": {"path": bert}, "data": {"path": reviews}, "training": {"max_steps": 4, "batch_size": 8}}
+    tasks = {"at hand": {}, "missing": {"data.path": "./nowhere"}}
+    view = {"rows": "slice.r", "columns": "task"}
+    here = {"base": base, "vary": {"slice.r": [1], "task": tasks}, "seeds": [0], "view": view}
+    settings = read_table(write(tmp_path / "r", {"title": "T", "scales": {"here": here}}), "here").settings
+    torch.manual_seed(0)
+    assert reproduce(table_of(replace(settings, dry_run=True)), Console(width=150)) == []
+    shown = capsys.readouterr().out
+    assert "2 cells, 0 runs to choose and 1 that count" in shown
+    assert "not at hand: data.path='./nowhere': no such file or folder" in shown
+    assert "hours with 1 workers" in shown
