@@ -135,7 +135,7 @@ def test_all_verbs_in_a_row(files: tuple[str, str], tmp_path: Path, capsys: pyte
     [
         (["--slice.mode", "diagonal"], "slice: mode='diagonal' is unknown; expected one of row, column"),
         (["--slice.r", "0"], "row rank r=0 must be an integer of at least 1"),
-        (["--method.name", "ia3"], "method.name='ia3' is unknown"),
+        (["--method.name", "qlora"], "method.name='qlora' is unknown"),
         (["--task.name", "poetry"], "task.name='poetry' is unknown; expected one of causal-lm"),
         (["--task.metric", "bleu"], "task.metric='bleu' is unknown for text-classification; expected one of accuracy"),
         (["--data.path", "./nowhere"], "data.path='./nowhere': no such file or folder"),

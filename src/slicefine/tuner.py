@@ -249,13 +249,17 @@ def attach(
 def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[str]:
     """Names of the supported layers that ``targets`` selects and ``exclude`` does not.
 
+    As in PEFT, ``"all-linear"`` leaves a language model's output layer out.
+
     Raises:
         ConfigError: if nothing matches, or if a weight is shared with another layer.
     """
+    output = getattr(model, "get_output_embeddings", lambda: None)() if targets == "all-linear" else None
     names = [
         name
         for name, module in model.named_modules()
         if name and supports(module) and matches(name, targets) and not (exclude and matches(name, exclude))
+        if module is not output
     ]
     if not names:
         some = [n for n, m in model.named_modules() if supports(m)][:5]
