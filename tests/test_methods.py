@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from cli_helpers import ROOT
+from slicefine.cli.methods import as_markdown
 from slicefine.errors import AdapterFileError, ConfigError, UnsupportedError
 from slicefine.methods import Base, Method, find, methods, options_of
 from slicefine.methods.base import MethodLayer, block_outputs, merge_layers
@@ -252,6 +254,11 @@ WANTED = {"head", "dora", "rslora", "pissa", "lora_plus", "oft", "boft", "lily",
 
 def test_none_of_the_papers_baselines_is_missing():
     assert not (PAPER | WANTED) - set(methods())
+
+
+def test_the_page_of_methods_is_generated():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert page.endswith(as_markdown()), "write the output of `slicefine methods --markdown` into docs/methods.md"
 
 
 def test_options_are_checked():

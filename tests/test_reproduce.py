@@ -16,13 +16,13 @@ from cli_helpers import ROOT, save_bert, save_reviews
 from slicefine.cli.main import main
 from slicefine.errors import ConfigError, DataError
 from slicefine.methods import methods
-from slicefine.sweeps.paper import FOLDER, METHODS, PaperTable, find_recipe, read_table
+from slicefine.sweeps.paper import FOLDER, METHODS, TASKS, PaperTable, find_recipe, read_table
 from slicefine.sweeps.reproduce import beside_the_paper, markdown, price_chart, reproduce
-from slicefine.sweeps.results import Summary, row_averages, value
-from slicefine.sweeps.settings import SweepSettings, cells, extended, final_run, runs_of, train_settings
+from slicefine.sweeps.results import Summary, row_averages, table_entries, value
+from slicefine.sweeps.settings import SweepSettings, ViewSettings, cells, extended, final_run, runs_of, train_settings
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
-TABLES = sorted(file for file in (ROOT / FOLDER).glob("*.yaml") if file.name != METHODS)
+TABLES = sorted(file for file in (ROOT / FOLDER).glob("*.yaml") if file.name not in (METHODS, TASKS))
 SCALES = [(file, scale) for file in TABLES for scale in yaml.safe_load(file.read_text())["scales"]]
 
 
@@ -34,8 +34,11 @@ def test_every_recipe_of_a_table_is_sound(file: Path, scale: str):
         run = runs_of(table.settings, cell, 0)[0]
         train_settings(run.recipe)
         train_settings(final_run(table.settings, cell, 1, run.tuned).recipe)
-    columns = {cell.label(table.settings.view.columns) for cell in grid}
-    assert columns <= set(table.columns) or scale == "here"
+    view = table.settings.view
+    heads = {cell.label(view.columns) for cell in grid}
+    if view.apart:
+        heads = {f"{head} {name}" for head in heads for name in view.metrics[head]}
+    assert heads == set(table.columns) or scale == "here"
     rows = {cell.label(table.settings.view.rows) for cell in grid}
     assert scale == "here" or set(table.paper) <= rows, "a row of the paper is missing at its own scale"
     if table.settings.split == "test":  # the search must not see what is published
@@ -59,6 +62,7 @@ def test_published_averages_are_recomputed():
 def write(folder: Path, content: dict, rows: dict | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / METHODS).write_text(yaml.safe_dump(rows or {"LoRA": {"method.name": "lora"}}))
+    (folder / TASKS).write_text("small: {a: {}}")
     (folder / "small.yaml").write_text(yaml.safe_dump(content))
     return folder / "small.yaml"
 
@@ -69,6 +73,10 @@ def test_recipes_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ({"title": "t", "scales": {"paper": scale}}, "scale='here' is not there; it has paper"),
         ({"title": "t", "tables": 1, "scales": {"here": scale}}, "unknown fields tables; expected claim"),
         ({"title": "t", "scales": {"here": {**scale, "methods": ["DoRA"]}}}, "methods DoRA are not in methods.yaml"),
+        (
+            {"title": "t", "scales": {"here": {**scale, "tasks": "glue"}}},
+            "tasks='glue' is not in tasks.yaml; it has small",
+        ),
         ({"title": "t", "scales": {"here": {**scale, "cells": 1}}}, "scale here: .*cells"),
         ({"title": "t", "columns": ["a"], "paper": {"x": [1, 2]}, "scales": {"here": scale}}, "x has 2 numbers for 1"),
     ):
@@ -119,10 +127,15 @@ FOUND = [
 
 
 def test_averages_and_ranks_are_over_all_numbers():
-    found = row_averages(FOUND, "method", "task", {"two": ["accuracy", "f1"]})
+    view = ViewSettings(metrics={"two": ["accuracy", "f1"]})
+    found = row_averages(table_entries(FOUND, view, "method", "task"))
     assert found["A"] == (pytest.approx((0.8 + 0.4 + 0.6) / 3), pytest.approx((1 + 1.5 + 2) / 3))
     assert found["B"] == (pytest.approx((0.7 + 0.4 + 0.9) / 3), pytest.approx((2 + 1.5 + 1) / 3))
     assert "C" not in found
+    view.apart = True
+    apart = table_entries(FOUND, view, "method", "task")
+    assert list(apart["A"]) == ["one", "two accuracy", "two f1"]
+    assert row_averages(apart)["A"] == pytest.approx(found["A"])
 
 
 def table_of(settings: SweepSettings) -> PaperTable:

@@ -12,7 +12,7 @@ __all__ = ["main"]
 
 _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
-    *("layers", "distance", "keep"),
+    *("layers", "distance", "keep", "markdown"),
     *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory", "private"),
     *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )

@@ -48,11 +48,12 @@ def load_tensors(base: Base, method: Method, folder: Path) -> nn.Module:
     Raises:
         AdapterFileError: if a file is missing, corrupt, or does not fit the model.
     """
+    for name in (METHOD_FILE, TENSORS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterFileError(f"{folder / name} is missing; copy the whole folder, or train again.")
     try:
         content = json.loads((folder / METHOD_FILE).read_text())
         tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-    except FileNotFoundError as error:
-        raise AdapterFileError(f"{error.filename} is missing; copy the whole folder, or train again.") from error
     except (ValueError, OSError, SafetensorError) as error:
         raise AdapterFileError(f"{folder}: cannot be read ({error}); the file is corrupt. Train again.") from error
     if not isinstance(content, dict) or content.get("version") != _VERSION or content.get("method") != method.name:

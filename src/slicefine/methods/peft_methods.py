@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from .base import Base, Method, Options, block_outputs, numbers
 
 __all__ = ["METHODS"]
@@ -69,6 +69,11 @@ def _lora_fa_optimizer(model: nn.Module, options: Options, rate: float, decay: f
 def _adalora(base: Base, options: Options) -> nn.Module:
     from peft import AdaLoraConfig
 
+    if options["target_r"] > options["r"]:
+        raise ConfigError(
+            f"method.options: adalora begins with r={options['r']} and cannot end with target_r={options['target_r']}; "
+            "choose a smaller target_r."
+        )
     return _wrap(
         base,
         AdaLoraConfig,

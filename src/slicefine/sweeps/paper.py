@@ -13,7 +13,7 @@ from .settings import SweepSettings, ViewSettings
 __all__ = ["FOLDER", "PaperTable", "find_recipe", "read_table"]
 
 FOLDER = "recipes/paper"
-METHODS = "methods.yaml"
+METHODS, TASKS = "methods.yaml", "tasks.yaml"  # what tables share
 _FIELDS = {"title", "claim", "source", "columns", "paper", "scales"}
 
 
@@ -58,7 +58,9 @@ def find_recipe(name: str) -> Path:
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")} - {Path(METHODS).stem})
+    known = sorted(
+        {file.stem for folder in folders for file in folder.glob("*.yaml")} - {Path(METHODS).stem, Path(TASKS).stem}
+    )
     raise ConfigError(f"{name!r} is no recipe of a table; there are {', '.join(known) or 'none'}, or give a file.")
 
 
@@ -77,7 +79,7 @@ def read_table(file: Path, scale: str) -> PaperTable:
         raise ConfigError(f"{file}: scale={scale!r} is not there; it has {', '.join(scales) or 'none'}.")
     chosen = dict(scales[scale])
     names = [name for group in chosen.pop("methods", []) for name in (group if isinstance(group, list) else [group])]
-    vary = {**_methods(file, names), **chosen.pop("vary", {})}
+    vary = {**_methods(file, names), **_tasks(file, chosen.pop("tasks", None)), **chosen.pop("vary", {})}
     view = ViewSettings(**chosen.pop("view", {}))
     try:
         settings = SweepSettings(title=content["title"], claim=content.get("claim", ""), vary=vary, view=view, **chosen)
@@ -100,6 +102,16 @@ def _methods(file: Path, names: list[str]) -> dict[str, dict[str, Mapping[str, A
     if missing:
         raise ConfigError(f"{file}: methods {', '.join(missing)} are not in {METHODS}.")
     return {"method": {name: known[name] for name in names}}
+
+
+def _tasks(file: Path, group: str | None) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """The axis of tasks, from the groups that tables share."""
+    if group is None:
+        return {}
+    known = _load(file.parent / TASKS)
+    if group not in known:
+        raise ConfigError(f"{file}: tasks={group!r} is not in {TASKS}; it has {', '.join(known)}.")
+    return {"task": known[group]}
 
 
 def _load(file: Path) -> dict[str, Any]:

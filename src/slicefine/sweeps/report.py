@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.table import Table
 from ..charts import plain
 from ..errors import ConfigError
 from ..plots import save_chart
-from .results import Summary, differences, row_averages, summaries, sweep_chart
+from .results import Entry, Summary, differences, row_averages, summaries, sweep_chart, table_entries
 from .run import run_sweep
 from .settings import SweepSettings, cells, runs_of
 
@@ -85,40 +84,36 @@ def _tables(settings: SweepSettings, found: Sequence[Summary], metric: str) -> l
         shown = "" if view.averages else f" ({settings.split} {metric})"
         table = Table(title=f"{settings.title}{': ' if page else ''}{page}{shown}")
         table.add_column(rows)
-        heads = list(dict.fromkeys(item.labels.get(columns or "", "") for item in here))
+        entries = table_entries(here, view, rows, columns or "")
+        heads = list(dict.fromkeys(head for row in entries.values() for head in row))
         for head in heads:
             table.add_column(head or metric, justify="right")
         for name in ("average", "rank", "trained") if view.averages else ():
             table.add_column(name, justify="right")
-        total = row_averages(here, rows, columns or "", view.metrics) if view.averages else {}
-        for label in dict.fromkeys(item.labels[rows] for item in here):
-            own = [[i for i in here if (i.labels[rows], i.labels.get(columns or "", "")) == (label, h)] for h in heads]
-            shown_cells = [
-                _shown(found, view.metrics.get(head), view.points) for head, found in zip(heads, own, strict=True)
-            ]
-            more = _averages(total.get(label), own, view.points) if view.averages else []
-            table.add_row(label, *shown_cells, *more)
+        total = row_averages(entries) if view.averages else {}
+        for label, row in entries.items():
+            more = _averages(total.get(label), row, view.points) if view.averages else []
+            table.add_row(label, *(_shown(row.get(head), view.points) for head in heads), *more)
         result.append(table)
     return result
 
 
-def _shown(own: Sequence[Summary], metrics: Sequence[str] | None, points: bool) -> str:
-    if not own:
+def _shown(entry: Entry | None, points: bool) -> str:
+    if entry is None:
         return "-"
-    item = own[0]
-    if points:  # as tables of papers have it; the deviation is the main metric's
-        numbers = [statistics.fmean(item.metrics[name]) for name in metrics] if metrics else [item.mean]
-        return "/".join(f"{100 * number:.1f}" for number in numbers) + f" ±{100 * item.deviation:.1f}"
-    rate = "".join(f" [{value:g}]" for value in item.tuned.values() if isinstance(value, (int, float)))
-    return f"{item.mean:.3f} ± {item.deviation:.3f}{rate}"
+    if points:  # as tables of papers have it; the deviation is the first number's
+        return "/".join(f"{100 * number:.1f}" for number in entry.numbers) + f" ±{100 * entry.deviation:.1f}"
+    tuned = entry.summary.tuned.values()
+    rate = "".join(f" [{value:g}]" for value in tuned if isinstance(value, (int, float)))
+    return "/".join(f"{number:.3f}" for number in entry.numbers) + f" ± {entry.deviation:.3f}{rate}"
 
 
-def _averages(found: tuple[float, float] | None, own: Sequence[Sequence[Summary]], points: bool) -> list[str]:
+def _averages(found: tuple[float, float] | None, row: Mapping[str, Entry], points: bool) -> list[str]:
     """Average, mean rank, and trained entries of a row; dashes where a column is missing."""
-    entries = max(item.trainable for summaries_ in own for item in summaries_)
+    entries = f"{max(entry.summary.trainable for entry in row.values()):,}"
     if found is None:
-        return ["-", "-", f"{entries:,}"]
-    return [f"{100 * found[0]:.2f}" if points else f"{found[0]:.4f}", f"{found[1]:.1f}", f"{entries:,}"]
+        return ["-", "-", entries]
+    return [f"{100 * found[0]:.2f}" if points else f"{found[0]:.4f}", f"{found[1]:.1f}", entries]
 
 
 def _comparison(axis: str, reference: str, rows: Sequence[Any], points: bool) -> Table:

@@ -16,7 +16,7 @@ from ..errors import SliceFineError
 from ..plots import save_chart
 from .paper import PaperTable
 from .report import sweep
-from .results import Summary, row_averages
+from .results import Entry, Summary, row_averages, table_entries
 from .settings import cells, final_run, runs_of, train_settings
 
 __all__ = ["beside_the_paper", "markdown", "price_chart", "reproduce"]
@@ -61,7 +61,7 @@ def _axes(table: PaperTable) -> tuple[str, str]:
 def beside_the_paper(table: PaperTable, found: Sequence[Summary]) -> Table:
     """Our average of each row, and the paper's, recomputed from its cells; the models differ, the order may agree."""
     rows, columns = _axes(table)
-    ours = row_averages(found, rows, columns, table.settings.view.metrics)
+    ours = row_averages(table_entries(found, table.settings.view, rows, columns))
     result = Table(title=f"averages beside {table.source}")
     for name in (rows, "ours", "our rank", "paper", "paper's rank"):
         result.add_column(name, justify="left" if name == rows else "right")
@@ -77,34 +77,32 @@ def beside_the_paper(table: PaperTable, found: Sequence[Summary]) -> Table:
 def markdown(table: PaperTable, found: Sequence[Summary]) -> str:
     """The table as Markdown: ours with deviations over seeds, then the price of each method."""
     rows, columns = _axes(table)
-    metrics = table.settings.view.metrics
-    heads = list(dict.fromkeys(item.labels.get(columns, "") for item in found))
-    ours = row_averages(found, rows, columns, metrics)
+    entries = table_entries(found, table.settings.view, rows, columns)
+    ours = row_averages(entries)
+    heads = list(dict.fromkeys(head for row in entries.values() for head in row))
     names = [rows, *heads, "average", "rank", "trained", "changed", "file MiB", "s/run"]
     lines = [f"# {table.settings.title}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for label in dict.fromkeys(item.labels[rows] for item in found):
+    for label, row in entries.items():
         own = [item for item in found if item.labels[rows] == label]
-        shown = [_cell([i for i in own if i.labels.get(columns, "") == head], metrics.get(head, [])) for head in heads]
         total = ours.get(label)
         ends = ["-", "-"] if total is None else [f"{100 * total[0]:.2f}", f"{total[1]:.1f}"]
         price = [f"{statistics.median(getattr(i, name) for i in own):,.0f}" for name in ("trainable", "changed")]
         file, seconds = (statistics.fmean(getattr(i, name) for i in own) for name in ("file", "seconds"))
+        shown = [_cell(row.get(head)) for head in heads]
         lines.append("| " + " | ".join([label, *shown, *ends, *price, f"{file / 2**20:.2f}", f"{seconds:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(own: Sequence[Summary], metrics: Sequence[str]) -> str:
-    if not own:
+def _cell(entry: Entry | None) -> str:
+    if entry is None:
         return "-"
-    item = own[0]
-    numbers = [statistics.fmean(item.metrics[name]) for name in metrics] or [item.mean]
-    return "/".join(f"{100 * number:.1f}" for number in numbers) + f" ± {100 * item.deviation:.1f}"
+    return "/".join(f"{100 * number:.1f}" for number in entry.numbers) + f" ± {100 * entry.deviation:.1f}"
 
 
 def price_chart(table: PaperTable, found: Sequence[Summary]) -> Chart:
     """Average metric against trained entries, training time, memory and file size: one point per method."""
     rows, columns = _axes(table)
-    ours = row_averages(found, rows, columns, table.settings.view.metrics)
+    ours = row_averages(table_entries(found, table.settings.view, rows, columns))
     prices = {"entries trained at a time": "trainable", "training time (s)": "seconds", "file (MiB)": "file"}
     panels = []
     for title, name in prices.items():

@@ -13,9 +13,20 @@ import torch
 from ..charts import Chart, Line, Panel
 from ..errors import DataError
 from .run import Outcome
-from .settings import SweepSettings, cells
+from .settings import SweepSettings, ViewSettings, cells
 
-__all__ = ["Difference", "Summary", "differences", "row_averages", "spread", "summaries", "sweep_chart", "value"]
+__all__ = [
+    "Difference",
+    "Entry",
+    "Summary",
+    "differences",
+    "row_averages",
+    "spread",
+    "summaries",
+    "sweep_chart",
+    "table_entries",
+    "value",
+]
 
 
 @dataclass(frozen=True)
@@ -138,35 +149,59 @@ def differences(
     return [_difference(label, found, draws) for label, found in pairs.items()]
 
 
-def row_averages(
-    found: Sequence[Summary], rows: str, columns: str, metrics: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[float, float]]:
-    """Mean over the numbers of a row, and mean of its ranks in them (1 is best; equal ones share a mean rank).
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table: its numbers, means over seeds, and the deviation of the first one."""
+
+    numbers: tuple[float, ...]
+    deviation: float
+    summary: Summary
+
+
+def table_entries(found: Sequence[Summary], view: ViewSettings, rows: str, columns: str) -> dict[str, dict[str, Entry]]:
+    """A table as ``{row: {column: entry}}``, in the order in which labels come.
 
     Args:
-        found: one page of a table; more must be better in all of it.
-        rows, columns: axes.
-        metrics: numbers of a column that has several.
+        found: one page of a sweep.
+        view: which numbers a column has, and whether they stand apart.
+        rows, columns: axes; an empty one has the single label "".
+    """
+    table: dict[str, dict[str, Entry]] = {}
+    for item in found:
+        head, row = item.labels.get(columns, ""), table.setdefault(item.labels.get(rows, ""), {})
+        names = view.metrics.get(head, [])
+        measured = [item.metrics[name] for name in names] or [item.values]
+        entries = [Entry((statistics.fmean(own),), spread(own), item) for own in measured]
+        if view.apart and names:
+            row.update({f"{head} {name}": entry for name, entry in zip(names, entries, strict=True)})
+        else:
+            row[head] = Entry(tuple(entry.numbers[0] for entry in entries), entries[0].deviation, item)
+    return table
+
+
+def row_averages(table: Mapping[str, Mapping[str, Entry]]) -> dict[str, tuple[float, float]]:
+    """Mean over the numbers of a row, and mean of its ranks in them (1 is best; equal ones share a mean rank).
+
+    More must be better in all of them.
 
     Returns:
         By the row's label; rows that lack a column are left out.
     """
-    table: dict[str, dict[tuple[str, str], float]] = {}
-    for item in found:
-        head = item.labels.get(columns, "")
-        own = {name: statistics.fmean(item.metrics[name]) for name in metrics.get(head, ())} or {"": item.mean}
-        table.setdefault(item.labels[rows], {}).update({(head, name): number for name, number in own.items()})
-    names = {name for numbers in table.values() for name in numbers}
-    whole = {label: numbers for label, numbers in table.items() if numbers.keys() == names}
-    ranks: dict[str, list[float]] = {label: [] for label in whole}
-    for name in names:
-        for label, numbers in whole.items():
-            better = sum(other[name] > numbers[name] for other in whole.values())
-            equal = sum(other[name] == numbers[name] for other in whole.values())
-            ranks[label].append(better + (equal + 1) / 2)
-    return {
-        label: (statistics.fmean(numbers.values()), statistics.fmean(ranks[label])) for label, numbers in whole.items()
+    heads = {head for row in table.values() for head in row}
+    whole = {
+        label: [number for head in sorted(heads) for number in row[head].numbers]
+        for label, row in table.items()
+        if row.keys() == heads
     }
+    result = {}
+    for label, numbers in whole.items():
+        ranks = [
+            sum(other[place] > number for other in whole.values())
+            + (sum(other[place] == number for other in whole.values()) + 1) / 2
+            for place, number in enumerate(numbers)
+        ]
+        result[label] = (statistics.fmean(numbers), statistics.fmean(ranks))
+    return result
 
 
 def _others(outcome: Outcome, axis: str) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from ..errors import ConfigError
@@ -32,6 +33,7 @@ class ViewSettings:
         log_x: logarithmic horizontal axis, for numeric labels.
         reference: compare with this label of an axis, run by run: {axis: label}.
         metrics: numbers of a column, where it has other ones than its task's main metric: {label: [metric, ...]}.
+        apart: give each of these numbers a column of its own.
         averages: add the mean over all numbers of a row, and the mean of its ranks.
         points: show hundredths as points, with two digits.
     """
@@ -44,6 +46,7 @@ class ViewSettings:
     log_x: bool = False
     reference: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, list[str]] = field(default_factory=dict)
+    apart: bool = False
     averages: bool = False
     points: bool = False
 
@@ -249,10 +252,9 @@ def train_settings(recipe: Mapping[str, Any]) -> TrainSettings:
     Raises:
         ConfigError: for an unknown setting, or a value that is wrong.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(TrainSettings)
+    parser = _parser()
     try:
         parsed = parser.parse_object(dict(recipe))
         make = parser.instantiate if hasattr(parser, "instantiate") else parser.instantiate_classes
@@ -261,6 +263,16 @@ def train_settings(recipe: Mapping[str, Any]) -> TrainSettings:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"a run's recipe is wrong: {error}") from error
+
+
+@cache
+def _parser() -> Any:
+    """Made once: it takes longer than reading a recipe with it."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TrainSettings)
+    return parser
 
 
 def _axis(name: str, values: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -17,6 +17,7 @@ from ..errors import ConfigError, DataError
 __all__ = [
     "KINDS",
     "Question",
+    "answer_kind",
     "answer_names",
     "check_kind",
     "extract_choice",
@@ -175,6 +176,20 @@ KINDS: dict[str, Callable[[str, str], tuple[bool, bool]]] = {
     "number": _grade_number,
     "letter": _grade_letter,
 }
+
+
+def answer_kind(reference: str) -> str:
+    """The kind of answers that a file has, by the right answer of one of its rows.
+
+    Example:
+        >>> [answer_kind(text) for text in ("answer2", "true", "18.0", "C")]
+        ['commonsense', 'commonsense', 'number', 'letter']
+    """
+    try:
+        float(reference)
+    except ValueError:
+        return "letter" if reference in ("A", "B", "C", "D", "E") else "commonsense"
+    return "number"
 
 
 def check_kind(kind: str) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..errors import ConfigError, DataError
-from .answers import answer_names, check_kind, grade
+from .answers import answer_kind, answer_names, check_kind, grade
 from .base import register
 from .causal_lm import CausalLM
 from .generation import generate_answers, likelihood_choice
 from .settings import DataSettings, ModelSettings, TaskSettings
+from .sources import load_splits
 
 __all__ = ["TEMPLATE", "Reasoning", "evaluate_reasoning"]
 
@@ -41,6 +42,19 @@ class Reasoning(CausalLM):
                 "files of LLM-Adapters."
             )
         self.template = task.template or TEMPLATE.replace("{instruction}", "{" + data.columns.prompt + "}")
+
+    def grade(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """Share of right answers in each of ``task.tests``, and their mean as accuracy; nothing where there are none.
+
+        Raises:
+            DataError: if a file is missing, or holds no questions.
+        """
+        found = {}
+        for name, file in self.task.tests.items():
+            rows = load_splits(DataSettings(file, validation_fraction=0.0, limit_train=self.task.tests_limit))["train"]
+            kind = answer_kind(str(rows[0].get("answer")))
+            found[name] = evaluate_reasoning(model, tokenizer, rows, kind, template=self.template)["accuracy"]
+        return {**found, "accuracy": sum(found.values()) / len(found)} if found else {}
 
 
 def evaluate_reasoning(

@@ -132,6 +132,8 @@ class TaskSettings:
         template: causal-lm with answers: the prompt, with column names in braces; None is "{prompt}",
             and for reasoning the template of LLM-Adapters.
         prompt_loss: causal-lm and reasoning with answers: the loss counts the prompt's tokens, too, as in LLM-Adapters.
+        tests: reasoning: {name: file} of questions that the trained model answers at the end, by generation.
+        tests_limit: at most this many questions of each.
         augment: images and videos: randaugment changes the train set at random, none leaves it.
         frames: frames of a video; None takes the model's own number.
         stride: of how many frames of a video one is taken.
@@ -144,6 +146,8 @@ class TaskSettings:
     packing: bool = True
     template: str | None = None
     prompt_loss: bool = False
+    tests: dict[str, str] = field(default_factory=dict)
+    tests_limit: int | None = None
     augment: str = "none"
     frames: int | None = None
     stride: int = 4
@@ -153,5 +157,9 @@ class TaskSettings:
             raise ConfigError(f"task.augment={self.augment!r} is unknown; expected one of {', '.join(AUGMENTATIONS)}.")
         if self.stride < 1 or (self.frames is not None and self.frames < 1):
             raise ConfigError(f"task.frames={self.frames!r} and task.stride={self.stride!r} must be at least 1.")
+        if self.tests_limit is not None and self.tests_limit < 1:
+            raise ConfigError(f"task.tests_limit={self.tests_limit!r} must be at least 1; leave it out for no limit.")
+        if self.tests and self.name != "reasoning":
+            raise ConfigError(f"task.tests is for task.name=reasoning, and this one is {self.name}.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"task.max_length={self.max_length!r} must be at least 2 tokens.")

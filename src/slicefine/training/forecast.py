@@ -129,7 +129,7 @@ def _forecast(
     try:
         (mover,) = movers_of(model)
         moves = moves_of(model, session.total_steps)
-        counts = tensor_counts(model, session.loaded)
+        counts = tensor_counts(model, session.loaded, settings.chosen_method)
         mover.settings = replace(mover.settings, interval=10**9)  # the steps below must not move
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..methods import Base, find, options_of
+from ..methods import Base, Method, find, options_of
 from ..tasks.base import Loaded, Prepared, Task
 from ..tuner import linear_names
 from .settings import SliceSettings, TrainSettings
@@ -135,7 +135,7 @@ def new_parameters(model: Any, loaded: Loaded) -> list[Any]:
     return chosen
 
 
-def tensor_counts(model: Any, loaded: Loaded) -> dict[str, int]:
+def tensor_counts(model: Any, loaded: Loaded, method: Method) -> dict[str, int]:
     """Entries: trained now (padding does not count), of which in the head, in the base, and added to it."""
     from ..mover import movers_of
 
@@ -144,6 +144,8 @@ def tensor_counts(model: Any, loaded: Loaded) -> dict[str, int]:
     movers = movers_of(model)
     copies = sum(p.numel() for n, p in model.named_parameters() if "modules_to_save" in n or "slicefine_" in n)
     added = sum(p.numel() for p in model.parameters()) - copies - loaded.entries
+    if method.additions == "0":  # what stands beside the base while it trains takes the place of entries there
+        added = 0
     if movers:
         trained = sum(mover.active_entries() for mover in movers) + head
     return {"trainable": trained, "head": head, "total": loaded.entries, "added": added}

@@ -48,7 +48,10 @@ def make_plan(session: Session) -> Plan:
     """Read the plan off a session that is ready to train."""
     total = session.total_steps
     return Plan(
-        _layers(session.model), tensor_counts(session.model, session.loaded), total, moves_of(session.model, total)
+        _layers(session.model),
+        tensor_counts(session.model, session.loaded, session.settings.chosen_method),
+        total,
+        moves_of(session.model, total),
     )
 
 

@@ -59,7 +59,7 @@ def peak_memory() -> tuple[int, str]:
 
 def run_counts(session: Session) -> dict[str, int]:
     """Entries trained at a time, in the head, in the model, added, and touched over the whole run."""
-    counts = tensor_counts(session.model, session.loaded)
+    counts = tensor_counts(session.model, session.loaded, session.settings.chosen_method)
     sliced = session.settings.method.name == "slicefine"
     changed = model_touched(session.model) + counts["head"] if sliced else counts["trainable"]
     return {**counts, "changed": changed}

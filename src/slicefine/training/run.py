@@ -72,6 +72,9 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     check_weights(session.model, trainer.state.global_step)
     memory, kind = peak_memory()
     after = _measure(trainer, session)
+    if session.settings.task.tests:  # questions that a language model answers in words
+        graded: dict[str, float] = session.task.grade(session.model, session.loaded.processor)  # type: ignore[attr-defined]
+        after["test"] = {**after.get("test", {}), **graded}
     with atomic_folder(folder.path / RESULTS) as aside:
         save_trained(session, aside)
     times = session.record.seconds

@@ -135,7 +135,11 @@ def _attach(base: Any, folder: Path) -> Any:
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder / name} is missing; copy the whole adapter folder, or train again.")
     try:
-        return PeftModel.from_pretrained(base, str(folder))
+        model = PeftModel.from_pretrained(base, str(folder))
+        if getattr(model.active_peft_config, "peft_type", None) == "ADALORA":
+            # PEFT 0.21 sets it when training only, and reads it wherever labels are given
+            model.base_model.trainable_adapter_name = model.active_adapter  # type: ignore[assignment]
+        return model
     except AdapterFileError:
         raise
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:

@@ -82,6 +82,15 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
             penalty = penalty / self.current_gradient_accumulation_steps  # the Trainer will not divide it
         return (found[0] + penalty, *found[1:]) if isinstance(found, tuple) else found + penalty
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers', which refuses tensors that a method's layers share unless each is named once."""
+        if state_dict is None and self._method.saves == "tensors":
+            seen: set[Any] = set()
+            whole = cast(nn.Module, self.model).state_dict()
+            parts = {name: (t.data_ptr(), t.shape, t.stride()) for name, t in whole.items()}
+            state_dict = {n: t for n, t in whole.items() if not (parts[n] in seen or seen.add(parts[n]))}  # type: ignore[func-returns-value]
+        super()._save(output_dir, state_dict)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; raises `NumericalError` at a loss that is not finite (on a GPU: when it is logged)."""
         loss = super().training_step(*args, **kwargs)
