@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -107,3 +108,10 @@ def test_no_file_of_the_project_holds_machine_paths_or_registry_hosts():
         if path.is_file() and (match := pattern.search(path.read_bytes()))
     ]
     assert not found
+
+
+def test_committed_results_are_whole():
+    for file in sorted((ROOT / "benchmarks" / "results").rglob("*.json*")):
+        text = file.read_text(encoding="utf-8")
+        for part in text.splitlines() if file.suffix == ".jsonl" else [text]:
+            json.loads(part)
