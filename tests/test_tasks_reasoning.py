@@ -17,13 +17,14 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from cli_helpers import SHARED, recipe, save_bert, save_llama, save_tokenizer, write_rows
+from slicefine.cli.main import main
 from slicefine.errors import ConfigError, DataError
 from slicefine.tasks import Columns, DataSettings, ModelSettings, TaskSettings, get_task, reasoning
 from slicefine.tasks.answers import answer_names, extract_letter, extract_number, grade, parse_question
 from slicefine.tasks.causal_lm import IGNORED
 from slicefine.tasks.generation import choice_likelihoods, generate_answers, likelihood_choice
-from slicefine.tasks.harness import evaluate_harness, harness_model
 from slicefine.tasks.reasoning import CANDIDATE, TEMPLATE, evaluate_reasoning
+from slicefine.training.language import answer_questions, evaluate_harness, harness_model
 from slicefine.training.run import train
 from slicefine.training.trained import load_trained
 
@@ -467,6 +468,28 @@ def test_a_real_model_writes_and_is_graded(stories: tuple[Any, Any]):
     found = evaluate_reasoning(*stories, rows, "commonsense", max_new_tokens=8)
     assert found["rows"] == 4
     assert 0 <= found["accuracy"] <= found["answered"] <= 1
+
+
+@real_model
+def test_a_run_ends_with_questions_and_eval_asks_them_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [ask("the", "film", "one") for _ in range(12)]
+    for name, part in (("train", rows), ("sums", [{**row, "answer": "3"} for row in rows])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    tests = {"words": str(tmp_path / "train.jsonl"), "sums": str(tmp_path / "sums.jsonl")}
+    settings = recipe(str(STORIES), str(tmp_path / "train.jsonl"), tmp_path / "run")
+    settings.data.columns = Columns(prompt="instruction", answer="output")
+    settings.task = TaskSettings("reasoning", max_length=512, tests=tests, tests_limit=4)
+    settings.training.max_steps, settings.slice.moves, settings.verify = 1, 0, False
+    after = train(settings)["after"]["test"]
+    assert set(after) == {"words", "sums", "accuracy"}
+    assert after["accuracy"] == pytest.approx((after["words"] + after["sums"]) / 2)
+    adapter = str(tmp_path / "run" / "adapter")
+    found = answer_questions(adapter, tests, limit=4)
+    assert found == after
+    output = tmp_path / "answers.json"
+    assert main(["eval", "--adapter", adapter, "--questions", json.dumps(tests), "--output", str(output)]) == 0
+    assert set(json.loads(output.read_text())["metrics"]) == {"words", "sums", "accuracy"}
+    assert "in words" in capsys.readouterr().out
 
 
 def test_evaluations_that_cannot_be_are_refused():

@@ -41,6 +41,8 @@ class EvalSettings:
         model: the base, if it is elsewhere than in training.
         batch_size: rows per batch.
         output: file for the metrics in JSON.
+        questions: {name: file} that a language model answers in words, instead of a split.
+        harness: tasks of the lm-evaluation-harness for a language model, instead of a split.
     """
 
     adapter: str
@@ -48,6 +50,8 @@ class EvalSettings:
     model: str | None = None
     batch_size: int = 32
     output: str | None = None
+    questions: dict[str, str] = field(default_factory=dict)
+    harness: list[str] = field(default_factory=list)
 
 
 def parser() -> ArgumentParser:
@@ -67,6 +71,8 @@ def run(chosen: Any) -> int:
 
     quiet_libraries()
     data = settings.data
+    if settings.questions or settings.harness:
+        return _in_words(settings)
     evaluate(
         settings.adapter,
         split=data.split,
@@ -78,4 +84,22 @@ def run(chosen: Any) -> int:
         batch_size=settings.batch_size,
         output=settings.output,
     )
+    return 0
+
+
+def _in_words(settings: EvalSettings) -> int:
+    """What a language model says: answers to questions, and tasks of the harness."""
+    from ..training.evaluate import check_output, publish_metrics
+    from ..training.language import answer_questions, evaluate_harness
+
+    check_output(settings.output)
+    adapter, limit, model, size = settings.adapter, settings.data.limit, settings.model, settings.batch_size
+    found: dict[str, float] = {}
+    if settings.questions:
+        found |= answer_questions(adapter, settings.questions, limit=limit, model=model, batch_size=size)
+    if settings.harness:
+        measured = evaluate_harness(adapter, settings.harness, model=model, batch_size=size, limit=limit)
+        for task, metrics in measured.items():
+            found |= {f"{task} {name}": value for name, value in metrics.items() if isinstance(value, float)}
+    publish_metrics(found, "answers in words", {"adapter": adapter}, settings.output)
     return 0

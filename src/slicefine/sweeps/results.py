@@ -117,7 +117,9 @@ def value(outcome: Outcome, split: str = "validation") -> float:
     """
     if split not in outcome["after"]:
         raise DataError(f"run {outcome['key']}: it measured no {split} set; set data.{split}, or split.")
-    return float(outcome["after"][split][outcome["metric"]])
+    found = outcome["after"][split]
+    # what a language model answers in words has an accuracy, and none of the metrics of training
+    return float(found[outcome["metric"]] if outcome["metric"] in found else found["accuracy"])
 
 
 def spread(values: Sequence[float]) -> float:

@@ -43,17 +43,34 @@ class Reasoning(CausalLM):
             )
         self.template = task.template or TEMPLATE.replace("{instruction}", "{" + data.columns.prompt + "}")
 
-    def grade(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        """Share of right answers in each of ``task.tests``, and their mean as accuracy; nothing where there are none.
+    def grade(
+        self,
+        model: Any,
+        tokenizer: Any,
+        questions: dict[str, str] | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> dict[str, float]:
+        """Share of right answers in each file, and their mean as accuracy; nothing where there are none.
+
+        Args:
+            model: the trained model.
+            tokenizer: its tokenizer.
+            questions: ``{name: file}``; None is ``task.tests``.
+            limit: at most this many of each; None is ``task.tests_limit``.
+            batch_size: sequences at a time.
 
         Raises:
             DataError: if a file is missing, or holds no questions.
         """
         found = {}
-        for name, file in self.task.tests.items():
-            rows = load_splits(DataSettings(file, validation_fraction=0.0, limit_train=self.task.tests_limit))["train"]
+        most = limit or self.task.tests_limit
+        for name, file in (self.task.tests if questions is None else questions).items():
+            rows = load_splits(DataSettings(file, validation_fraction=0.0, limit_train=most))["train"]
             kind = answer_kind(str(rows[0].get("answer")))
-            found[name] = evaluate_reasoning(model, tokenizer, rows, kind, template=self.template)["accuracy"]
+            found[name] = evaluate_reasoning(
+                model, tokenizer, rows, kind, template=self.template, batch_size=batch_size
+            )["accuracy"]
         return {**found, "accuracy": sum(found.values()) / len(found)} if found else {}
 
 

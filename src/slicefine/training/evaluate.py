@@ -26,7 +26,7 @@ from .report import environment, write_json
 from .session import compute_with, measure
 from .trained import RUN_FILE, Trained, load_trained, read_run
 
-__all__ = ["evaluate", "merge"]
+__all__ = ["check_output", "evaluate", "merge", "publish_metrics"]
 
 _SPLITS = ("train", "validation", "test")
 
@@ -68,8 +68,7 @@ def evaluate(
         raise ConfigError(f"data.split={split!r} is unknown; expected one of {', '.join(_SPLITS)}.")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r} must be at least 1.")
-    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise ConfigError(f"output={output!r} is no file in an existing folder. Give a file name for the metrics.")
+    check_output(output)
     trained = load_trained(Path(adapter), model)
     data = _data(trained.data, split, path, name, file, limit)
     splits = load_splits(data)
@@ -79,14 +78,28 @@ def evaluate(
     trained.task.read(chosen)
     prepared = trained.task.prepare(chosen, trained.loaded)
     metrics = _predict(trained, prepared, split, batch_size)
-    _print(metrics, f"{split} set of {data.path}, {len(chosen[split]):,} rows", console or Console())
-    if output is not None:
-        content = {"adapter": adapter, "split": split, "metrics": metrics, **environment()}
-        try:
-            write_json(Path(output), content)
-        except OSError as error:
-            raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a file that can be.") from error
+    title = f"{split} set of {data.path}, {len(chosen[split]):,} rows"
+    publish_metrics(metrics, title, {"adapter": adapter, "split": split}, output, console)
     return metrics
+
+
+def check_output(output: str | None) -> None:
+    """Raise `ConfigError` if metrics could not be written there."""
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise ConfigError(f"output={output!r} is no file in an existing folder. Give a file name for the metrics.")
+
+
+def publish_metrics(
+    metrics: dict[str, float], title: str, facts: dict[str, Any], output: str | None, console: Console | None = None
+) -> None:
+    """Print metrics, and write them with facts about them if ``output`` names a file."""
+    _print(metrics, title, console or Console())
+    if output is None:
+        return
+    try:
+        write_json(Path(output), {**facts, "metrics": metrics, **environment()})
+    except OSError as error:
+        raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a file that can be.") from error
 
 
 def merge(adapter: str, output: str, model: str | None = None, overwrite: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""Any task of EleutherAI's lm-evaluation-harness on a model that `slicefine train` made (extra `harness`)."""
+"""What a trained language model says: answers to questions, and the lm-evaluation-harness (extra `harness`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..tasks.reasoning import Reasoning
+from .trained import load_trained
 
-__all__ = ["evaluate_harness", "harness_model"]
+__all__ = ["answer_questions", "evaluate_harness", "harness_model"]
+
+
+def answer_questions(
+    adapter: str, questions: dict[str, str], *, limit: int | None = None, model: str | None = None, batch_size: int = 8
+) -> dict[str, float]:
+    """Share of right answers of a trained language model in each file of questions, and their mean as accuracy.
+
+    Args:
+        adapter: the folder that `train` wrote for ``task.name=reasoning``.
+        questions: ``{name: file}``, files as LLM-Adapters has them.
+        limit: at most this many questions of each.
+        model: the base, if it is elsewhere than in training.
+        batch_size: sequences at a time.
+
+    Raises:
+        AdapterFileError: if the adapter is missing or corrupt.
+        ConfigError: if the adapter answers no questions.
+        DataError: if a file is missing, or holds no questions.
+
+    Example:
+        >>> answer_questions("runs/math/adapter", {"gsm8k": "data/gsm8k/test.jsonl.gz"})  # doctest: +SKIP
+        {'gsm8k': 0.31, 'accuracy': 0.31}
+    """
+    trained = load_trained(Path(adapter), model)
+    if not isinstance(trained.task, Reasoning):
+        raise ConfigError(f"{adapter}: trained for {trained.task.name}; questions are for task.name=reasoning.")
+    return trained.task.grade(trained.model, trained.loaded.processor, questions, limit, batch_size)
 
 
 def harness_model(model: Any, tokenizer: Any, batch_size: int = 8) -> Any:
@@ -54,8 +83,6 @@ def evaluate_harness(
         0.43
     """
     harness = _import("lm_eval")
-    from ..training.trained import load_trained  # training stands above tasks, except here
-
     trained = load_trained(Path(adapter), model)
     if trained.task.peft_task_type != "CAUSAL_LM":
         raise ConfigError(
