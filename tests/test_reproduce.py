@@ -19,6 +19,7 @@ from slicefine.methods import methods
 from slicefine.sweeps.paper import FOLDER, METHODS, TASKS, PaperTable, find_recipe, read_table
 from slicefine.sweeps.reproduce import beside_the_paper, markdown, price_chart, reproduce
 from slicefine.sweeps.results import Summary, row_averages, table_entries, value
+from slicefine.sweeps.run import ARCHIVE
 from slicefine.sweeps.settings import SweepSettings, ViewSettings, cells, extended, final_run, runs_of, train_settings
 from slicefine.tasks import get_task
 
@@ -187,7 +188,12 @@ def test_a_small_table_runs_resumes_and_is_identical(tmp_path: Path, capsys: pyt
                 "seeds": [1, 2],
                 "final": {"data.limit_test": 8},
                 "split": "test",
-                "view": {"rows": "method", "columns": "task", "averages": True, "reference": {"method": "LoRA"}},
+                "view": {
+                    "rows": "method",
+                    "columns": "task",
+                    "averages": True,
+                    "reference": {"method": ["LoRA", "BitFit"]},
+                },
             }
         },
     }
@@ -212,6 +218,22 @@ def test_a_small_table_runs_resumes_and_is_identical(tmp_path: Path, capsys: pyt
     for outcome in outcomes:
         tried[outcome["labels"]["method"], outcome["labels"]["task"]] += outcome["seed"] == 0
     assert set(tried.values()) <= {2, 3}  # a third rate where the better one was at an end
+    compared = json.loads((tmp_path / "out" / "index.json").read_text())["differences"]["method"]
+    assert [(row["label"], row["reference"], row["count"]) for row in compared] == [
+        ("BitFit", "LoRA", 4),
+        ("LoRA", "BitFit", 4),
+    ]
+    assert compared[0]["mean"] == pytest.approx(-compared[1]["mean"])
+    archive = tmp_path / "archived"  # one line per run is as good as one file per run
+    archive.mkdir()
+    (archive / ARCHIVE).write_text("".join(json.dumps(outcome) + "\n" for outcome in outcomes))
+    assert main([*command[:-1], str(archive)]) == 0
+    assert not (archive / "runs").exists()
+    assert (archive / "table.md").read_text() == (tmp_path / "out" / "table.md").read_text()
+    (archive / ARCHIVE).write_text("{")
+    assert main([*command[:-1], str(archive)]) == 1
+    assert "not readable as one result per line" in capsys.readouterr().err
+
     for name in ("index.json", "table.json", "table.md", "figure.png", "prices.png"):
         assert (tmp_path / "out" / name).is_file()
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from ..charts import plain
 from ..errors import ConfigError
 from ..plots import save_chart
-from .results import Entry, Summary, differences, row_averages, summaries, sweep_chart, table_entries
+from .results import Difference, Entry, Summary, differences, row_averages, summaries, sweep_chart, table_entries
 from .run import run_sweep
 from .settings import SweepSettings, cells, runs_of
 
@@ -47,12 +47,11 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
     metric = outcomes[0]["metric"]
     for table in _tables(settings, found, metric):
         console.print(table)
-    compared = {
-        axis: differences(outcomes, axis, label, split=settings.split)
-        for axis, label in settings.view.reference.items()
-    }
-    for axis, rows in compared.items():
-        console.print(_comparison(axis, settings.view.reference[axis], rows, settings.view.points))
+    compared: dict[str, list[Difference]] = {}
+    for axis, label in settings.references():
+        rows = differences(outcomes, axis, label, split=settings.split)
+        compared.setdefault(axis, []).extend(rows)
+        console.print(_comparison(axis, label, rows, settings.view.points))
     missing = len(cells(settings)) * len(settings.seeds) - sum(len(item.values) for item in found)
     if missing:
         console.print(f"{missing} runs are missing: the same command goes on with them.")

@@ -69,6 +69,7 @@ class Difference:
 
     Attributes:
         label: of the axis.
+        reference: the label that it is compared with.
         count: pairs.
         mean: of label minus reference.
         low, high: 95% bootstrap interval of the mean.
@@ -76,6 +77,7 @@ class Difference:
     """
 
     label: str
+    reference: str
     count: int
     mean: float
     low: float
@@ -148,7 +150,7 @@ def differences(
         label, rest = outcome["labels"][axis], _others(outcome, axis)
         if label != reference and rest in base:
             pairs.setdefault(label, []).append(value(outcome, split) - base[rest])
-    return [_difference(label, found, draws) for label, found in pairs.items()]
+    return [_difference(label, reference, found, draws) for label, found in pairs.items()]
 
 
 @dataclass(frozen=True)
@@ -210,12 +212,12 @@ def _others(outcome: Outcome, axis: str) -> tuple[Any, ...]:
     return (*((name, label) for name, label in outcome["labels"].items() if name != axis), outcome["seed"])
 
 
-def _difference(label: str, values: list[float], draws: int) -> Difference:
+def _difference(label: str, reference: str, values: list[float], draws: int) -> Difference:
     drawn = torch.tensor(values, dtype=torch.float64)
     picks = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
     bounds = torch.quantile(drawn[picks].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
     mean = statistics.fmean(values)
-    return Difference(label, len(values), mean, float(bounds[0]), float(bounds[1]), min(values), max(values))
+    return Difference(label, reference, len(values), mean, float(bounds[0]), float(bounds[1]), min(values), max(values))
 
 
 def sweep_chart(settings: SweepSettings, found: Sequence[Summary], name: str, metric: str = "metric") -> Chart:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from rich.console import Console
 from ..errors import ConfigError, DataError
 from .settings import Cell, Run, SweepSettings, cells, extended, final_run, runs_of, train_settings
 
-__all__ = ["Outcome", "run_sweep", "stored"]
+__all__ = ["ARCHIVE", "Outcome", "run_sweep", "stored"]
+
+ARCHIVE = "runs.jsonl"  # results of runs, one per line: what is committed instead of a file each
 
 Outcome = dict[str, Any]  # what `slicefine train` reports, and the run's place in the sweep
 
@@ -60,15 +63,26 @@ def run_sweep(settings: SweepSettings, folder: Path, console: Console) -> list[O
 
 
 def stored(folder: Path, run: Run) -> Outcome | None:
-    """The result of a run, or None if it has none (or failed)."""
+    """The result of a run, from its own file or the folder's archive; None if it has none (or failed)."""
     path = folder / "runs" / f"{run.key}.json"
     if not path.is_file():
-        return None
+        archive = folder / ARCHIVE
+        return _archived(archive, archive.stat().st_mtime_ns).get(run.key) if archive.is_file() else None
     try:
         outcome: Outcome = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path}: not readable as JSON ({error}); remove it to make the run again.") from error
     return None if "error" in outcome else outcome
+
+
+@cache
+def _archived(archive: Path, changed: int) -> dict[str, Outcome]:
+    """Results by key from a file with one per line; ``changed`` makes a new file be read anew."""
+    try:
+        found = [json.loads(line) for line in archive.read_text(encoding="utf-8").splitlines() if line]
+        return {outcome["key"]: outcome for outcome in found if "error" not in outcome}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{archive}: not readable as one result per line ({error}); restore or remove it.") from error
 
 
 def _leaders(settings: SweepSettings, grid: list[Cell]) -> dict[Cell, Cell]:

@@ -31,7 +31,7 @@ class ViewSettings:
         x: horizontal axis of the figure; None is columns.
         lines: one line per label; None is rows.
         log_x: logarithmic horizontal axis, for numeric labels.
-        reference: compare with this label of an axis, run by run: {axis: label}.
+        reference: compare with these labels of an axis, run by run: {axis: label or list of labels}.
         metrics: numbers of a column, where it has other ones than its task's main metric: {label: [metric, ...]}.
         apart: give each of these numbers a column of its own.
         averages: add the mean over all numbers of a row, and the mean of its ranks.
@@ -44,7 +44,7 @@ class ViewSettings:
     x: str | None = None
     lines: str | None = None
     log_x: bool = False
-    reference: dict[str, str] = field(default_factory=dict)
+    reference: dict[str, str | list[str]] = field(default_factory=dict)
     metrics: dict[str, list[str]] = field(default_factory=dict)
     apart: bool = False
     averages: bool = False
@@ -121,9 +121,14 @@ class SweepSettings:
             for axis in axes:
                 if axis is not None and axis not in named:
                     raise ConfigError(f"{where}: {axis!r} is no axis of the sweep; those are {', '.join(named)}.")
-        for axis, label in self.view.reference.items():
+        for axis, label in self.references():
             if label not in dict(_axis(axis, self.vary.get(axis, []))):
                 raise ConfigError(f"view.reference: axis {axis!r} has no label {label!r}.")
+
+    def references(self) -> list[tuple[str, str]]:
+        """Axis and label of every comparison."""
+        given = self.view.reference.items()
+        return [(axis, one) for axis, labels in given for one in ([labels] if isinstance(labels, str) else labels)]
 
 
 @dataclass(frozen=True)
