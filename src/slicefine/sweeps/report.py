@@ -51,7 +51,8 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
     for axis, label in settings.references():
         rows = differences(outcomes, axis, label, split=settings.split)
         compared.setdefault(axis, []).extend(rows)
-        console.print(_comparison(axis, label, rows, settings.view.points))
+        if rows:
+            console.print(_comparison(axis, label, rows, settings.view.points))
     missing = len(cells(settings)) * len(settings.seeds) - sum(len(item.values) for item in found)
     if missing:
         console.print(f"{missing} runs are missing: the same command goes on with them.")
