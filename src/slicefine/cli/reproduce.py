@@ -22,6 +22,7 @@ def parser() -> ArgumentParser:
     result.add_argument("--only", type=dict[str, list[str]], default={}, help='These labels alone: {"task": ["rte"]}.')
     result.add_argument("--change", type=dict[str, Any], default={}, help="Settings for all runs, on top of the base.")
     result.add_argument("--seeds", type=list[int], default=None, help="Instead of the recipe's.")
+    result.add_argument("--search_only", type=bool, default=False, help="Choose rates on validation; read no test set.")
     result.add_argument("--dry_run", type=bool, default=False, help="Show the plan with its predicted time and memory.")
     return result
 
@@ -43,6 +44,7 @@ def run(chosen: Any) -> int:
         only=dict(chosen.only),
         change={**table.settings.change, **chosen.change},
         seeds=chosen.seeds or table.settings.seeds,
+        search_only=chosen.search_only,
         dry_run=chosen.dry_run,
     )
     reproduce(replace(table, settings=settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..plots import save_chart
 from .results import Difference, Entry, Summary, differences, row_averages, summaries, sweep_chart, table_entries
 from .run import run_sweep
-from .settings import SweepSettings, cells, runs_of
+from .settings import SweepSettings, cells, runs_of, search_seed
 
 __all__ = ["sweep"]
 
@@ -30,6 +30,8 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
         ConfigError: for a setting that is wrong.
     """
     console = console or Console(width=None if Console().is_terminal else 140)
+    if settings.search_only:
+        settings = replace(settings, split="validation", seeds=[search_seed(settings)])
     if settings.dry_run:
         _list(settings, console)
         return []

@@ -81,6 +81,8 @@ def markdown(table: PaperTable, found: Sequence[Summary]) -> str:
     ours = row_averages(entries)
     heads = list(dict.fromkeys(head for row in entries.values() for head in row))
     names = [rows, *heads, "average", "rank", "trained", "changed", "file MiB", "s/run"]
+    forgetting = any(item.forgotten is not None for item in found)
+    names += ["forgotten"] if forgetting else []
     lines = [f"# {table.settings.title}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for label, row in entries.items():
         own = [item for item in found if item.labels[rows] == label]
@@ -89,7 +91,10 @@ def markdown(table: PaperTable, found: Sequence[Summary]) -> str:
         price = [f"{statistics.median(getattr(i, name) for i in own):,.0f}" for name in ("trainable", "changed")]
         file, seconds = (statistics.fmean(getattr(i, name) for i in own) for name in ("file", "seconds"))
         shown = [_cell(row.get(head)) for head in heads]
-        lines.append("| " + " | ".join([label, *shown, *ends, *price, f"{file / 2**20:.2f}", f"{seconds:.0f}"]) + " |")
+        price += [f"{file / 2**20:.2f}", f"{seconds:.0f}"]
+        lost = [item.forgotten for item in own if item.forgotten is not None]
+        price += [f"{statistics.fmean(lost):+.3f}" if lost else "-"] if forgetting else []
+        lines.append("| " + " | ".join([label, *shown, *ends, *price]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -41,6 +41,7 @@ class Summary:
         trainable, changed: entries in training at a time, and over the whole run.
         seconds: training time, mean.
         file: bytes of the adapter, mean.
+        forgotten: how much the loss on general text rose, nats per token, mean; None where it was not measured.
     """
 
     labels: dict[str, str]
@@ -51,6 +52,7 @@ class Summary:
     changed: int
     seconds: float
     file: float
+    forgotten: float | None = None
 
     @property
     def mean(self) -> float:
@@ -106,9 +108,16 @@ def summaries(settings: SweepSettings, outcomes: Sequence[Outcome]) -> list[Summ
                     counts["changed"],
                     statistics.fmean(outcome["train_seconds"] for outcome in own),
                     statistics.fmean(outcome["file_bytes"] for outcome in own),
+                    _forgotten(own),
                 )
             )
     return result
+
+
+def _forgotten(outcomes: Sequence[Outcome]) -> float | None:
+    if not all("general" in outcome["after"] for outcome in outcomes):
+        return None
+    return statistics.fmean(o["after"]["general"]["loss"] - o["before"]["general"]["loss"] for o in outcomes)
 
 
 def value(outcome: Outcome, split: str = "validation") -> float:

@@ -18,7 +18,18 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, DataError
-from .settings import Cell, Run, SweepSettings, cells, extended, final_run, runs_of, train_settings
+from .settings import (
+    Cell,
+    Run,
+    SweepSettings,
+    cells,
+    extended,
+    final_run,
+    runs_of,
+    search_run,
+    search_seed,
+    train_settings,
+)
 
 __all__ = ["ARCHIVE", "Outcome", "run_sweep", "stored"]
 
@@ -36,7 +47,8 @@ def run_sweep(settings: SweepSettings, folder: Path, console: Console) -> list[O
         console: for one line per run.
 
     Returns:
-        The outcomes of the chosen tuned values, one per cell and seed that could be run.
+        The outcomes of the chosen tuned values, one per cell and seed that could be run; with ``search_only`` those of
+        the runs that chose, one per cell that is tuned.
 
     Raises:
         ConfigError: for a setting that is wrong, before anything runs.
@@ -52,6 +64,8 @@ def run_sweep(settings: SweepSettings, folder: Path, console: Console) -> list[O
     with _Pool(settings, folder, console, deadline) as pool:
         leaders = _leaders(settings, grid)
         best = _tuned(settings, folder, pool, list(dict.fromkeys(leaders.values())))
+        if settings.search_only:
+            return _found(settings, folder, best)
         rest = [
             final_run(settings, cell, seed, tuned)
             for seed in settings.seeds
@@ -95,11 +109,20 @@ def _leaders(settings: SweepSettings, grid: list[Cell]) -> dict[Cell, Cell]:
     return {cell: first[tuple(cell.label(axis) for axis in settings.tune_per)] for cell in grid}
 
 
+def _found(
+    settings: SweepSettings, folder: Path, best: dict[Cell, tuple[tuple[str, Any], ...] | None]
+) -> list[Outcome]:
+    """The outcomes of the runs that chose the tuned values."""
+    seed = search_seed(settings)
+    chosen = [search_run(settings, cell, seed, tuned) for cell, tuned in best.items() if tuned is not None]
+    return [outcome for run in chosen if (outcome := stored(folder, run)) is not None]
+
+
 def _tuned(
     settings: SweepSettings, folder: Path, pool: _Pool, leading: list[Cell]
 ) -> dict[Cell, tuple[tuple[str, Any], ...] | None]:
     """The values that are best on validation for each cell that is tuned; lists grow where the best is at an end."""
-    seed = settings.seeds[0] if settings.tune_seed is None else settings.tune_seed
+    seed = search_seed(settings)
     lists = {cell: dict(settings.tune) for cell in leading}
     open_cells = leading
     for turn in range(settings.extend + 1):

@@ -15,7 +15,20 @@ from typing import Any
 from ..errors import ConfigError
 from ..training.settings import TrainSettings
 
-__all__ = ["Cell", "Run", "SweepSettings", "ViewSettings", "cells", "final_run", "merged", "runs_of", "train_settings"]
+__all__ = [
+    "Cell",
+    "Run",
+    "SweepSettings",
+    "ViewSettings",
+    "cells",
+    "extended",
+    "final_run",
+    "merged",
+    "runs_of",
+    "search_run",
+    "search_seed",
+    "train_settings",
+]
 
 Labels = tuple[tuple[str, str], ...]  # axis -> label, in the order of the recipe
 
@@ -76,6 +89,7 @@ class SweepSettings:
         only: {axis: [labels]}: these labels alone.
         change: {setting: value} for all runs, in dotted notation, on top of the base.
         limit: at most so many runs, for a smoke test.
+        search_only: make the runs that choose and show what they measured on validation; none that counts.
     """
 
     title: str = "sweep"
@@ -98,8 +112,11 @@ class SweepSettings:
     only: dict[str, list[str]] = field(default_factory=dict)
     change: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
+    search_only: bool = False
 
     def __post_init__(self) -> None:
+        if self.search_only and not self.tune:
+            raise ConfigError("search_only=true: the sweep tunes nothing, so that there is no search.")
         if not self.seeds:
             raise ConfigError("seeds=[]: a sweep needs at least one seed.")
         if self.split not in ("validation", "test"):
@@ -197,15 +214,22 @@ def cells(settings: SweepSettings) -> list[Cell]:
     ]
 
 
+def search_seed(settings: SweepSettings) -> int:
+    """The seed of the runs that choose."""
+    return settings.seeds[0] if settings.tune_seed is None else settings.tune_seed
+
+
+def search_run(settings: SweepSettings, cell: Cell, seed: int, tuned: tuple[tuple[str, Any], ...]) -> Run:
+    """The run of a cell and seed with some values of the tuned settings."""
+    changes = {**settings.change, **dict(cell.changes), **dict(tuned), "training.seed": seed}
+    return Run(cell, seed, tuned, merged(settings.base, changes))
+
+
 def runs_of(settings: SweepSettings, cell: Cell, seed: int, lists: dict[str, list[Any]] | None = None) -> list[Run]:
     """The runs of a cell and seed: one per combination of the tuned settings, or of other lists in their place."""
     names = list(settings.tune)
-    result = []
-    for values in itertools.product(*(lists or settings.tune).values()):
-        tuned = tuple(zip(names, values, strict=True))
-        recipe = merged(settings.base, {**settings.change, **dict(cell.changes), **dict(tuned), "training.seed": seed})
-        result.append(Run(cell, seed, tuned, recipe))
-    return result
+    points = itertools.product(*(lists or settings.tune).values())
+    return [search_run(settings, cell, seed, tuple(zip(names, values, strict=True))) for values in points]
 
 
 def final_run(settings: SweepSettings, cell: Cell, seed: int, tuned: tuple[tuple[str, Any], ...]) -> Run:

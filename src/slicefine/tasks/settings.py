@@ -134,6 +134,9 @@ class TaskSettings:
         prompt_loss: causal-lm and reasoning with answers: the loss counts the prompt's tokens, too, as in LLM-Adapters.
         tests: reasoning: {name: file} of questions that the trained model answers at the end, by generation.
         tests_limit: at most this many questions of each.
+        general: language models: a file with general texts (column text), or "samples", which the model writes itself
+            before training; their loss before and after says what was forgotten.
+        general_limit: at most this many general texts.
         augment: images and videos: randaugment changes the train set at random, none leaves it.
         frames: frames of a video; None takes the model's own number.
         stride: of how many frames of a video one is taken.
@@ -148,6 +151,8 @@ class TaskSettings:
     prompt_loss: bool = False
     tests: dict[str, str] = field(default_factory=dict)
     tests_limit: int | None = None
+    general: str | None = None
+    general_limit: int = 100
     augment: str = "none"
     frames: int | None = None
     stride: int = 4
@@ -161,5 +166,9 @@ class TaskSettings:
             raise ConfigError(f"task.tests_limit={self.tests_limit!r} must be at least 1; leave it out for no limit.")
         if self.tests and self.name != "reasoning":
             raise ConfigError(f"task.tests is for task.name=reasoning, and this one is {self.name}.")
+        if self.general is not None and self.name not in ("causal-lm", "reasoning"):
+            raise ConfigError(f"task.general is for language models (causal-lm, reasoning); this task is {self.name}.")
+        if self.general_limit < 1:
+            raise ConfigError(f"task.general_limit={self.general_limit!r} must be at least 1.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"task.max_length={self.max_length!r} must be at least 2 tokens.")

@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from ..files.writing import atomic_folder
 from ..plots import draw_run
+from ..tasks.general import general_loss, general_texts
 from .backbone import with_changed_backbone
 from .folders import RESULTS, RunFolder, open_folder
 from .plan import make_plan, print_plan
@@ -62,6 +63,9 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     screen = Screen(console, metric)
     trainer = session.trainer(str(folder.checkpoints), screen)
     before = _measure(trainer, session) if settings.training.evaluate_before else {}
+    general = general_texts(session.model, session.loaded.processor, settings.task) if settings.task.general else []
+    if general:
+        before["general"] = general_loss(session.model, general)
     set_seed(settings.training.seed)
     began = time.perf_counter()
     try:
@@ -72,6 +76,8 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     check_weights(session.model, trainer.state.global_step)
     memory, kind = peak_memory()
     after = _measure(trainer, session)
+    if general:  # what was forgotten is the difference
+        after["general"] = general_loss(session.model, general)
     if session.settings.task.tests:  # questions that a language model answers in words
         graded: dict[str, float] = session.task.grade(session.model, session.loaded.processor)  # type: ignore[attr-defined]
         after["test"] = {**after.get("test", {}), **graded}
