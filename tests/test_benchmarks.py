@@ -91,3 +91,19 @@ def test_planner_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert [row["saturation"] for row in found["tasks"]] == [1, 4]
     assert all(1 <= row["planned"]["0.9"]["column"] <= 15 for row in found["tasks"])
     assert (tmp_path / "planner_rank.png").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_paper_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("av", reason="the extra video is not installed")
+    words = ["--smoke", "--steps", "4", "--rows", "40", "--words", "12", "--pixels", "48"]
+    words += ["--methods", "SliceFine-5RC", "--out", str(tmp_path / "p.json")]
+    monkeypatch.setattr(sys, "argv", ["paper_scale.py", *words])
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "benchmarks" / "paper_scale.py"), run_name="__main__")
+    rows = json.loads((tmp_path / "p.json").read_text())["results"]
+    assert [row.get("error") for row in rows] == [None] * 8
+    assert {row["table"] for row in rows} == {f"table{n}" for n in ("1", "2", "5_deepseek", "5_gemma", "6", "7", "9")}
+    assert all(row["moves"] == [1, 2, 3, 4] and row["counts"]["added"] == 0 for row in rows)
+    assert rows[0]["recipe"]["training"]["batch_size"] == 32  # the table's own, not made up
+    assert rows[4]["recipe"]["model"]["dtype"] == "bfloat16"

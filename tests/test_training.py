@@ -261,6 +261,14 @@ def test_a_model_from_a_configuration_is_trained_whole(tmp_path: Path):
     assert train(second)["reload_identical"] is True
 
 
+def test_a_model_from_a_configuration_has_the_precision_that_was_asked_for(tmp_path: Path):
+    settings = recipe("", save_images(tmp_path / "data"), None, method__name="full", model__dtype="bfloat16")
+    settings.task.name, settings.model.path = "image-classification", None
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    settings.model.config = {"model_type": "vit", "image_size": 16, "patch_size": 8, **tiny}
+    assert {parameter.dtype for parameter in build(settings).model.parameters()} == {torch.bfloat16}
+
+
 def test_precision_accumulation_and_checkpointing_run_together(bert: str, reviews: str, tmp_path: Path):
     settings = recipe(bert, reviews, tmp_path / "run", model__dtype="bfloat16", slice__interval=2)
     settings.training = replace(settings.training, bf16=True, gradient_accumulation=2, gradient_checkpointing=True)

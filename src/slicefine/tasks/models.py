@@ -123,7 +123,8 @@ def _from_config(auto: Any, settings: ModelSettings, fields: dict[str, Any]) -> 
     given = {key: value for key, value in (settings.config or {}).items() if key != "model_type"}
     try:
         config = AutoConfig.for_model((settings.config or {})["model_type"], **given, **fields)
-        model = auto.from_config(config, trust_remote_code=settings.trust_remote_code)
+        dtype = {} if settings.dtype == "auto" else {"dtype": settings.dtype}
+        model = auto.from_config(config, trust_remote_code=settings.trust_remote_code, **dtype)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.config does not describe a model for {auto.__name__}: {error}") from error
     return Loaded(model, None, _new_modules(model, []))  # trained whole in any case
