@@ -1,4 +1,4 @@
-"""Column positions by input energy: equal to brute force, plain data, and followed by every way of attaching."""
+"""Positions by energy of inputs and of output gradients: equal to brute force, plain data, and followed by every way of attaching."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slicefine import ConfigError, DataError, Schedule, attach, energy_positions
-from slicefine.energy import input_energy
+from slicefine.energy import gradient_energy, input_energy
 from slicefine.schedule import slice_at
 
 SCALES = torch.tensor([0.1, 3.0, 0.2, 0.3, 5.0, 0.4, 2.0])
@@ -41,6 +41,54 @@ def test_blocks_come_in_the_order_of_their_energy(r: int):
     sums = [float(energy[start : start + width].sum()) for start in starts]
     assert sums == sorted(sums, reverse=True)
     assert len(set(starts)) == len(starts) == -(-7 // width)
+
+
+def squared(output: torch.Tensor) -> torch.Tensor:
+    return (output * torch.tensor([1.0, -2.0, 0.5])).square().mean()
+
+
+def test_gradient_energy_equals_brute_force_and_leaves_the_model_alone():
+    model = network().train()
+    model[0].weight.requires_grad_(False)
+    found = gradient_energy(model, batches(), loss=squared)
+    expected = {"0": 0.0, "3": 0.0}
+    for batch in batches():
+        first = (batch @ model[0].weight.T + model[0].bias).detach().requires_grad_()
+        last = torch.relu(first) @ model[3].weight.T + model[3].bias
+        for name, gradient in zip(("0", "3"), torch.autograd.grad(squared(last), [first, last]), strict=True):
+            expected[name] += gradient.double().reshape(-1, gradient.shape[-1]).square().sum(0) / 24
+    for name, energy in expected.items():
+        torch.testing.assert_close(found[name], energy, rtol=1e-5, atol=1e-9)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_before_an_activation_in_place_have_a_gradient_energy():
+    model = nn.Sequential(nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    found = gradient_energy(model, batches(), loss=squared)
+    plain = nn.Sequential(model[0], nn.ReLU(), model[2])
+    torch.testing.assert_close(found["0"], gradient_energy(plain, batches(), loss=squared)["0"])
+
+
+def test_rows_come_in_the_order_of_their_gradient():
+    model = network()
+    positions = energy_positions(model, iter(batches()), r=3, r_row=2, rows=True, loss=squared)
+    energy = gradient_energy(model, batches(), loss=squared)["0"]
+    sums = [float(energy[start : start + 2].sum()) for start in positions["0"]["row"]]
+    assert sums == sorted(sums, reverse=True)
+    assert sorted(positions["0"]["row"]) == [0, 2, 4]
+    assert sorted(positions["0"]["column"]) == [0, 3, 4]
+    tuner = attach(model, r_row=2, r_column=3, mode="alternate", positions=positions, interval=1)
+    assert tuner.mover.slices()["0"].start == positions["0"]["row"][0]
+
+
+def test_rows_need_a_loss():
+    with pytest.raises(ConfigError, match="the model returned Tensor without a loss; give batches with labels, or loss="):
+        energy_positions(network(), batches(), rows=True)
+    with pytest.raises(DataError, match="the gradients of 3 are not finite"):
+        gradient_energy(network(), batches(), loss=lambda output: output.sum() * float("inf"))
 
 
 def test_equal_energy_falls_back_to_the_sweep():

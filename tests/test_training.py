@@ -26,7 +26,7 @@ from cli_helpers import (
     save_vit,
     write_rows,
 )
-from slicefine.energy import input_energy
+from slicefine.energy import gradient_energy, input_energy
 from slicefine.errors import AdapterFileError, ConfigError, DataError, NumericalError
 from slicefine.files.writing import atomic_folder
 from slicefine.geometry import Slice, block_start
@@ -95,25 +95,44 @@ def test_the_output_folder_holds_exactly_the_results(done: tuple[Path, dict[str,
     assert metrics["command"]
 
 
-@pytest.mark.parametrize(("mode", "measured"), [("column", True), ("alternate", True), ("row", False)])
-def test_column_positions_follow_the_energy_of_the_training_data(bert: str, tmp_path: Path, mode: str, measured: bool):
+@pytest.mark.parametrize(
+    ("mode", "row_order", "measured"),
+    [
+        ("column", "gradient", {"column"}),
+        ("alternate", "gradient", {"column", "row"}),
+        ("alternate", "sweep", {"column"}),
+        ("row", "gradient", {"column", "row"}),
+        ("row", "sweep", None),
+    ],
+)
+def test_positions_follow_the_energy_of_the_training_data(
+    bert: str, tmp_path: Path, mode: str, row_order: str, measured: set[str] | None
+):
     words = [f"{(GOOD, BAD)[i % 2][i // 2 % 4]} film" for i in range(64)]  # of one length: no padding
     write_rows(tmp_path / "data/train.jsonl", [{"text": text, "label": i % 2} for i, text in enumerate(words)])
     settings = recipe(bert, str(tmp_path / "data"), tmp_path / "run", slice__mode=mode, data__validation_fraction=0.0)
-    settings.slice.rank_pattern = {"query": 3}
+    settings.slice.rank_pattern, settings.slice.row_order = {"query": 3}, row_order
     session = build(settings)
     positions = session.model.peft_config["default"].positions
-    if not measured:
+    if measured is None:
         assert positions == "sweep"
         return
     rows = session.prepared.splits["train"]  # 64 rows: the eight batches are all of them, in any order
+    torch.manual_seed(settings.training.seed)
     base = session.task.load().model
-    energy = input_energy(base, [session.prepared.collator([row]) for row in rows])
+    base.load_state_dict(
+        {name.replace("modules_to_save.default.", ""): t for name, t in session.model.unload().state_dict().items()}
+    )  # the head that the run drew
+    whole = session.prepared.collator([rows[i] for i in range(64)])
+    energies = {"column": input_energy(base, [whole]), "row": gradient_energy(base, [whole])}
     for name, r in (("bert.encoder.layer.0.attention.self.query", 3), ("bert.encoder.layer.1.output.dense", 2)):
-        starts = positions[name]["column"]
-        assert len(starts) == settings.slice.moves + 1
-        blocks = [block_start(block, 32 if r == 3 else 64, r) for block in range(11 if r == 3 else 32)]
-        assert starts == sorted(blocks, key=lambda at: -float(energy[name][at : at + r].sum()))[: len(starts)]
+        assert positions[name].keys() == measured
+        for axis in measured:
+            starts, energy = positions[name][axis], energies[axis][name]
+            assert len(starts) == settings.slice.moves + 1
+            size = len(energy)
+            blocks = [block_start(block, size, r) for block in range(-(-size // r))]
+            assert starts == sorted(blocks, key=lambda at: -float(energy[at : at + r].sum()))[: len(starts)]
 
 
 def test_positions_by_energy_can_be_switched_off(bert: str, tmp_path: Path):
@@ -156,7 +175,7 @@ def test_contents_are_read_without_the_base(done: tuple[Path, dict[str, Any]]):
     contents = read_contents(output)  # the output folder will do, too
     assert len(contents.layers) == 13
     first = contents.layers[0]
-    assert first.visits[0].slice == Slice("row", 0, 2)
+    assert first.visits[0].slice._replace(start=0) == Slice("row", 0, 2)
     assert first.visits[-1].last_step == report["best_step"]
     assert first.rows == 2 * sum(1 for v in first.visits if v.slice.axis == "row")
     assert sum(contents.others.values()) == report["counts"]["head"]
@@ -329,6 +348,7 @@ def test_a_dry_run_plans_what_the_run_then_does(
     plan = train(settings)
     assert (plan["moves"], plan["steps"]) == (report["moves"], report["steps"])
     assert not (tmp_path / "run").exists()
+    settings.slice.row_order = "sweep"  # else each layer begins elsewhere
     layers = make_plan(build(settings)).layers
     assert sum(layer.count for layer in layers) == 13
     assert {layer.first for layer in layers} == {"rows 0 to 1"}

@@ -1,13 +1,14 @@
-"""Positions by input energy: column slices first where a layer's inputs carry the most.
+"""Positions by energy: column slices first where a layer's inputs are large, row slices where its output's gradient is.
 
-A column slice can only use the r input features that it holds. Features differ widely in their mean square, and taking
-the blocks in the order of that energy made column slices better on every task tried (docs/results/accuracy.md).
-Rows have no such order: each of them sees the whole input.
+A column slice can only use the r input features that it holds, and a row slice can only answer the gradient of the r
+outputs that it holds. Both differ widely in their mean square. Taking blocks in the order of that energy made column
+slices better on every task tried, and row slices on tasks where learning sets in late (docs/results/accuracy.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from .geometry import block_count, block_start
 from .layer import supports
 from .tuner import linear_names, matches
 
-__all__ = ["energy_positions", "input_energy"]
+__all__ = ["energy_positions", "gradient_energy", "input_energy"]
+
+Loss = Callable[[Any], Tensor]  # what the model returns -> the loss
 
 
 def energy_positions(
@@ -26,44 +29,61 @@ def energy_positions(
     batches: Iterable[Any],
     *,
     r: int | Callable[[str], int] = 12,
+    r_row: int | Callable[[str], int] | None = None,
     target_modules: str | Sequence[str] = "all-linear",
     visits: int | None = None,
+    rows: bool = False,
+    loss: Loss | None = None,
 ) -> dict[str, dict[str, list[int]]]:
-    """Column positions in the order of input energy, for ``positions=`` of `SliceFineConfig` and `attach`.
+    """Positions in the order of energy, for ``positions=`` of `SliceFineConfig` and `attach`.
+
+    Columns go by the mean square of the layer's input. With ``rows`` rows go by that of the gradient at its output; the
+    batches need their labels then, and a backward pass is made for each.
 
     The result is plain data: every process of a run has to be given the same, and it is saved with the adapter.
 
     Args:
         model: the base model, before slices are attached.
         batches: a few batches of training data (tensors, or mappings of the forward's arguments).
-        r: rank of the column slices, or a function of the layer's name that gives it.
+        r: rank of the slices, or a function of the layer's name that gives it.
+        r_row: rank of the row slices where it is another one.
         target_modules: ``"all-linear"``, a regular expression for the full name, or name endings.
-        visits: how many positions per layer to keep; None keeps all blocks.
+        visits: how many positions per layer and orientation to keep; None keeps all blocks.
+        rows: order rows as well; what the result leaves out sweeps.
+        loss: the loss of what the model returns; None is its ``.loss``, as transformers' models have it.
 
     Returns:
-        ``{layer name: {"column": starts}}``, best block first.
+        ``{layer name: {"column": starts, "row": starts}}``, best block first; "row" only with ``rows``.
 
     Raises:
-        ConfigError: if no layer matches, or a rank is below 1.
-        DataError: if no batch reaches a chosen layer, or a layer's inputs are not finite.
+        ConfigError: if no layer matches, a rank is below 1, or there is no loss to order rows by.
+        DataError: if no batch reaches a chosen layer, or its inputs or gradients are not finite.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 2))
         >>> energy_positions(model, [torch.tensor([[0.0, 1.0, 3.0, 0.0]])], r=2)
         {'0': {'column': [2, 0]}}
     """
-    result = {}
+    batches = list(batches) if rows else batches
+    result: dict[str, dict[str, list[int]]] = {}
     for name, energy in input_energy(model, batches, target_modules).items():
-        size = len(energy)
-        rank = r(name) if callable(r) else r
-        if rank < 1:
-            raise ConfigError(f"energy_positions, layer {name!r}: rank r={rank!r} must be an integer of at least 1.")
-        width = min(rank, size)
-        starts = torch.tensor([block_start(block, size, width) for block in range(block_count(size, width))])
-        sums = energy.unfold(0, width, 1).sum(1)[starts]
-        order = torch.sort(sums, descending=True, stable=True).indices  # equal energy: by index
-        result[name] = {"column": starts[order][:visits].tolist()}
+        result[name] = {"column": _ordered(name, energy, r, visits)}
+    if rows:
+        for name, energy in gradient_energy(model, batches, target_modules, loss).items():
+            result[name]["row"] = _ordered(name, energy, r if r_row is None else r_row, visits)
     return result
+
+
+def _ordered(name: str, energy: Tensor, r: int | Callable[[str], int], visits: int | None) -> list[int]:
+    """Starts of the blocks of a layer, the one with the most energy first; equal ones by index."""
+    size = len(energy)
+    rank = r(name) if callable(r) else r
+    if rank < 1:
+        raise ConfigError(f"energy_positions, layer {name!r}: rank r={rank!r} must be an integer of at least 1.")
+    width = min(rank, size)
+    starts = torch.tensor([block_start(block, size, width) for block in range(block_count(size, width))])
+    sums = energy.unfold(0, width, 1).sum(1)[starts]
+    return starts[torch.sort(sums, descending=True, stable=True).indices][:visits].tolist()
 
 
 @torch.no_grad()
@@ -88,34 +108,111 @@ def input_energy(
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            sums[name] = sums.get(name, 0.0) + x.float().square().sum(0).double().cpu()
-            counts[name] = counts.get(name, 0) + len(x)
+            _add(sums, counts, name, args[0])
 
         return hook
 
+    with _watched(model, target_modules, lambda name, layer: layer.register_forward_pre_hook(watch(name))):
+        for batch in batches:
+            _forward(model, batch)
+    return _means(sums, counts, "inputs", target_modules)
+
+
+@torch.enable_grad()  # type: ignore[untyped-decorator]
+def gradient_energy(
+    model: nn.Module, batches: Iterable[Any], target_modules: str | Sequence[str] = "all-linear", loss: Loss | None = None
+) -> dict[str, Tensor]:
+    """Mean square of the loss's gradient at each output of the chosen layers: ``{layer: (rows,) in fp64 on the CPU}``.
+
+    No weight gets a gradient; layers that the batches never reach are left out.
+
+    Args:
+        model: the model, left as it was.
+        batches: with labels.
+        target_modules: as in `energy_positions`.
+        loss: of what the model returns; None is its ``.loss``.
+
+    Raises:
+        ConfigError: if no layer matches, or the model returns no loss.
+        DataError: if no batch reaches a chosen layer, or a gradient is not finite.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 3))
+        >>> gradient_energy(model, [torch.ones(1, 2)], loss=lambda y: (y * torch.tensor([0.0, 2.0, 1.0])).sum())["0"]
+        tensor([0., 4., 1.], dtype=torch.float64)
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            # where nothing below is trained no gradient would come here; a new tensor may be changed in place later
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            output.register_hook(lambda gradient: _add(sums, counts, name, gradient))
+            return output
+
+        return hook
+
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        with _watched(model, target_modules, lambda name, layer: layer.register_forward_hook(watch(name))):
+            for batch in batches:
+                _scalar(_forward(model, batch), loss).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    return _means(sums, counts, "gradients", target_modules)
+
+
+def _scalar(output: Any, loss: Loss | None) -> Tensor:
+    found = getattr(output, "loss", None) if loss is None else loss(output)
+    if not isinstance(found, Tensor):
+        raise ConfigError(
+            f"gradient_energy: the model returned {type(output).__name__} without a loss; give batches with labels, or "
+            "loss=, a function of what the model returns."
+        )
+    return found
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, target_modules: str | Sequence[str], register: Callable[[str, nn.Module], Any]
+) -> Iterator[None]:
+    """The model in evaluation mode with a hook on each chosen layer; dropout would blur, and draw random numbers."""
     handles = [
-        module.register_forward_pre_hook(watch(name))
+        register(name, module)
         for name, module in model.named_modules()
         if supports(module) and matches(name, target_modules)
     ]
-    training = model.training
-    model.eval()  # dropout would blur the energy, and draw random numbers
-    try:
-        for batch in batches:
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
     if not handles:
         raise ConfigError(
             f"input_energy: target_modules={target_modules!r} matches no nn.Linear or Conv1D layer; those of this "
             f"model are called {', '.join(linear_names(model)[:20])}."
         )
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+
+
+def _add(sums: dict[str, Tensor], counts: dict[str, int], name: str, found: Tensor) -> None:
+    found = found.detach().reshape(-1, found.shape[-1])
+    sums[name] = sums.get(name, 0.0) + found.float().square().sum(0).double().cpu()
+    counts[name] = counts.get(name, 0) + len(found)
+
+
+def _means(
+    sums: dict[str, Tensor], counts: dict[str, int], what: str, target_modules: str | Sequence[str]
+) -> dict[str, Tensor]:
     if not sums:
         raise DataError(
             f"input_energy: no batch reached a linear layer of target_modules={target_modules!r}; give at least one "
@@ -123,5 +220,5 @@ def input_energy(
         )
     broken = [name for name, total in sums.items() if not bool(total.isfinite().all())]
     if broken:
-        raise DataError(f"input_energy: the inputs of {broken[0]} are not finite; check the data and the weights.")
+        raise DataError(f"input_energy: the {what} of {broken[0]} are not finite; check the data and the weights.")
     return {name: total / max(1, counts[name]) for name, total in sums.items()}

@@ -156,8 +156,9 @@ def measured_positions(loaded: Loaded, settings: TrainSettings, prepared: Prepar
     chosen = settings.slice
     if not chosen.measured:
         return chosen.positions
-    if chosen.mode == "random_mask" or (chosen.positions == "energy" and chosen.mode == "row"):
-        return "sweep"  # masks are drawn, and rows see the whole input
+    swept = chosen.positions == "energy" and chosen.mode == "row" and chosen.row_order == "sweep"
+    if chosen.mode == "random_mask" or swept:
+        return "sweep"  # masks are drawn
     from accelerate.utils import broadcast_object_list
 
     batches = train_batches(loaded, settings, prepared, ENERGY_BATCHES)
@@ -178,10 +179,12 @@ def _by_energy(model: Any, batches: Iterator[dict[str, Any]], chosen: SliceSetti
         model,
         batches,
         r=lambda name: _ranks(chosen, name)[1],
+        r_row=lambda name: _ranks(chosen, name)[0],
         target_modules=chosen.target_modules or "all-linear",
         # an interval's number of moves is not known here
         # and with others to keep out of, all positions are needed to choose from
         visits=None if chosen.interval is not None or chosen.moves is None or chosen.reserve else chosen.moves + 1,
+        rows=chosen.mode != "column" and chosen.row_order == "gradient",
     )
 
 

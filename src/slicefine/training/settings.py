@@ -26,6 +26,7 @@ __all__ = [
 _EVERY = ("epoch", "steps", "no")
 _MEASURED = ("energy", "most", "least", "mixed")
 _IMPORTANCE = ("wanda", "lottery")
+_ROW_ORDERS = ("gradient", "sweep")
 
 
 @dataclass
@@ -82,9 +83,11 @@ class SliceSettings:
         mode: row, column, alternate or random_mask. Columns keep the least for backward.
         r_row: rank of row slices; None is r.
         r_column: rank of column slices; None is r.
-        positions: energy (columns in the order of their input's energy on a few training batches, rows as in sweep),
+        positions: energy (columns in the order of their input's energy on a few training batches, rows by row_order),
             sweep, random, fixed, most, least or mixed (by importance, for rows and columns), a list of start indices,
             or {layer: {"row" or "column": starts}}.
+        row_order: rows of positions=energy: gradient (in the order of the energy of their output's gradient on those
+            batches) or sweep.
         importance: what most, least and mixed go by: wanda (weight times input norm on a few training batches), or
             lottery (the share of a slice that survives iterative magnitude pruning; see lottery).
         lottery: how the lottery ticket is drawn.
@@ -113,6 +116,7 @@ class SliceSettings:
     r_row: int | None = None
     r_column: int | None = None
     positions: str | list[int] | dict[str, dict[str, list[int]]] = "energy"
+    row_order: str = "gradient"
     importance: str = "wanda"
     lottery: LotterySettings = field(default_factory=LotterySettings)
     start_values: str = "pretrained"
@@ -138,6 +142,9 @@ class SliceSettings:
         if isinstance(self.positions, str) and self.positions not in (*_MEASURED, *POSITIONS):
             known = ", ".join((*_MEASURED, *POSITIONS))
             raise ConfigError(f"slice.positions={self.positions!r} is unknown; expected {known}, or a list of starts.")
+        if self.row_order not in _ROW_ORDERS:
+            known = ", ".join(_ROW_ORDERS)
+            raise ConfigError(f"slice.row_order={self.row_order!r} is unknown; expected one of {known}.")
         if self.importance not in _IMPORTANCE:
             known = ", ".join(_IMPORTANCE)
             raise ConfigError(f"slice.importance={self.importance!r} is unknown; expected one of {known}.")
