@@ -103,6 +103,23 @@ def test_recipes_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert find_recipe("table7").is_file()
 
 
+def test_a_recipe_says_only_what_differs_from_the_one_that_it_extends(tmp_path: Path):
+    scale = {"vary": {"task": {"a": {}}}, "base": {"model": {"path": "x", "dtype": "float32"}}, "methods": ["LoRA"]}
+    write(tmp_path, {"title": "t", "columns": ["a"], "paper": {"LoRA": [1]}, "scales": {"here": scale}})
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: small\ntitle: u\nscales: {here: {base: {model: {path: y}}}}")
+    table = read_table(child, "here")
+    assert (table.name, table.settings.title, table.columns, table.paper) == ("child", "u", ["a"], {})
+    assert table.settings.base == {"model": {"path": "y", "dtype": "float32"}}
+    assert list(table.settings.vary) == ["method", "task"]
+    (tmp_path / "third.yaml").write_text("extends: child")
+    with pytest.raises(ConfigError, match="extends child, which extends another; name the first one"):
+        read_table(tmp_path / "third.yaml", "here")
+    (tmp_path / "third.yaml").write_text("extends: ../small")
+    with pytest.raises(ConfigError, match=r"extends: '../small' is no name of a recipe in the same folder"):
+        read_table(tmp_path / "third.yaml", "here")
+
+
 def test_a_test_set_needs_runs_that_chose_without_it():
     vary = {"slice.r": [1]}
     for settings in ({"tune_seed": None}, {"tune_seed": 1, "seeds": [1, 2]}):

@@ -65,12 +65,12 @@ def find_recipe(name: str) -> Path:
 
 
 def read_table(file: Path, scale: str) -> PaperTable:
-    """Read a recipe at a scale.
+    """Read a recipe at a scale. One that ``extends`` another says only what differs from it.
 
     Raises:
         ConfigError: for a scale, a method or a field that it does not have.
     """
-    content = _load(file)
+    content = _extended(file)
     unknown = sorted(content.keys() - _FIELDS)
     if unknown:
         raise ConfigError(f"{file}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(_FIELDS))}.")
@@ -112,6 +112,26 @@ def _tasks(file: Path, group: str | None) -> dict[str, dict[str, Mapping[str, An
     if group not in known:
         raise ConfigError(f"{file}: tasks={group!r} is not in {TASKS}; it has {', '.join(known)}.")
     return {"task": known[group]}
+
+
+def _extended(file: Path) -> dict[str, Any]:
+    """A recipe on top of the one that it extends; the published numbers are its own alone."""
+    content = _load(file)
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if not isinstance(parent, str) or Path(parent).name != parent:
+        raise ConfigError(f"{file}: extends: {parent!r} is no name of a recipe in the same folder.")
+    base = _load(file.parent / f"{parent}.yaml")
+    if "extends" in base:
+        raise ConfigError(f"{file}: extends {parent}, which extends another; name the first one.")
+    return {**_merged(base, content), "paper": content.get("paper", {})}
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return changes
+    return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}
 
 
 def _load(file: Path) -> dict[str, Any]:

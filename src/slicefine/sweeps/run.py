@@ -221,7 +221,8 @@ def _prepare(numbers: Any, workers: int) -> None:
     count = len(devices) or torch.cuda.device_count()
     if count > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number % count] if devices else str(number % count)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    if "OMP_NUM_THREADS" not in os.environ:  # else torch has read it: whoever shares a machine says how many are theirs
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
