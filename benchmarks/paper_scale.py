@@ -2,12 +2,13 @@
 fit, and do they run?
 
 Each family goes through the whole of `slicefine train` with its table's settings (task, batch, precision, schedule):
-data read from files, tokeniser or decoder, Trainer, moves, saving. What is replaced: weights by random ones (no download),
-data by made-up rows in the recipe's columns, the number of steps, and the interval of moves, so that a short run moves.
+data read from files, tokeniser or decoder, Trainer, moves, saving. What is replaced: weights by random ones (no
+download), data by made-up rows in the recipe's columns, the number of steps, and the interval of moves, so that a short
+run moves.
 
-    python benchmarks/paper_scale.py --out benchmarks/results/paper_scale.json                       # all of them: a GPU
-    python benchmarks/paper_scale.py --families roberta-base vit-base --out paper_scale.json
-    python benchmarks/paper_scale.py --families llama-3.2-3b --methods SliceFine-5C --words 40 --accumulate 1 --out cpu.json
+    python benchmarks/paper_scale.py --out benchmarks/results/paper_scale.json    # all of them: a GPU
+    python benchmarks/paper_scale.py --families roberta-base vit-base --words 40 --batch 4 --out cpu.json
+    python benchmarks/paper_scale.py --families llama-3.2-3b --methods SliceFine-5C --accumulate 1 --out cpu.json
 """
 
 from __future__ import annotations

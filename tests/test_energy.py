@@ -1,4 +1,4 @@
-"""Positions by energy of inputs and of output gradients: equal to brute force, plain data, and followed by every way of attaching."""
+"""Positions by energy of inputs and of output gradients: equal to brute force, plain data, followed by all."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def test_rows_come_in_the_order_of_their_gradient():
 
 
 def test_rows_need_a_loss():
-    with pytest.raises(ConfigError, match="the model returned Tensor without a loss; give batches with labels, or loss="):
+    with pytest.raises(
+        ConfigError, match="the model returned Tensor without a loss; give batches with labels, or loss="
+    ):
         energy_positions(network(), batches(), rows=True)
     with pytest.raises(DataError, match="the gradients of 3 are not finite"):
         gradient_energy(network(), batches(), loss=lambda output: output.sum() * float("inf"))

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from cli_helpers import recipe, save_llama, write_rows
 from peft_helpers import llama
-
 from slicefine.errors import ConfigError, DataError
 from slicefine.tasks.general import general_loss, general_texts, own_texts
 from slicefine.tasks.settings import TaskSettings

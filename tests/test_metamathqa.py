@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, get_peft_model
-from peft_helpers import llama
 from torch import nn
 
+from peft_helpers import llama
 from slicefine import SliceFineConfig, movers_of
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "recipes" / "peft_metamathqa" / "experiments"

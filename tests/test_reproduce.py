@@ -181,6 +181,12 @@ def test_ours_and_the_papers_stand_beside_each_other():
     assert "| C | 90.0 ± 0.0 | - | - | - |" in text
     chart = price_chart(table, FOUND)
     assert [line.label for line in chart.panels[0].lines] == ["A", "B"]
+    assert len(chart.panels) == 3  # memory is known on a GPU alone
+    measured = [replace(item, memory=3 * 2.0**20, forgotten=0.25) for item in FOUND]
+    assert price_chart(table, measured).panels[3].lines[0].x == [3.0]
+    assert "| A | 80.0 ± 0.0 | 40.0/60.0 ± 0.0 | 60.00 | 1.5 | 10 | 20 | 1.00 | 1 | +0.250 |" in markdown(
+        table, measured
+    )
 
 
 def test_a_small_table_runs_resumes_and_is_identical(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -120,7 +120,10 @@ def input_energy(
 
 @torch.enable_grad()  # type: ignore[untyped-decorator]
 def gradient_energy(
-    model: nn.Module, batches: Iterable[Any], target_modules: str | Sequence[str] = "all-linear", loss: Loss | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    target_modules: str | Sequence[str] = "all-linear",
+    loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Mean square of the loss's gradient at each output of the chosen layers: ``{layer: (rows,) in fp64 on the CPU}``.
 
@@ -148,7 +151,7 @@ def gradient_energy(
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             # where nothing below is trained no gradient would come here; a new tensor may be changed in place later
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            output.register_hook(lambda gradient: _add(sums, counts, name, gradient))
+            output.register_hook(lambda gradient: _add(sums, counts, name, gradient))  # type: ignore[no-untyped-call]
             return output
 
         return hook

@@ -109,12 +109,13 @@ def price_chart(table: PaperTable, found: Sequence[Summary]) -> Chart:
     rows, columns = _axes(table)
     ours = row_averages(table_entries(found, table.settings.view, rows, columns))
     prices = {"entries trained at a time": "trainable", "training time (s)": "seconds", "file (MiB)": "file"}
+    prices |= {"peak memory (MiB)": "memory"} if all(item.memory is not None for item in found) else {}
     panels = []
     for title, name in prices.items():
         lines = []
         for label, (average, _) in ours.items():
             own = [getattr(item, name) for item in found if item.labels[rows] == label]
-            price = statistics.fmean(own) / (2**20 if name == "file" else 1)
+            price = statistics.fmean(own) / (2**20 if name in ("file", "memory") else 1)
             lines.append(Line(label, [max(price, 1e-3)], [100 * average], style="points"))
         panels.append(Panel("", lines, title, "average metric (points)", log_x=True))
     words = "; ".join(f"{label}: {100 * average:.2f}" for label, (average, _) in ours.items())

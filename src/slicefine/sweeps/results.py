@@ -41,6 +41,7 @@ class Summary:
         trainable, changed: entries in training at a time, and over the whole run.
         seconds: training time, mean.
         file: bytes of the adapter, mean.
+        memory: peak bytes of training, mean; None unless a GPU counted each run's own.
         forgotten: how much the loss on general text rose, nats per token, mean; None where it was not measured.
     """
 
@@ -52,6 +53,7 @@ class Summary:
     changed: int
     seconds: float
     file: float
+    memory: float | None = None
     forgotten: float | None = None
 
     @property
@@ -108,10 +110,19 @@ def summaries(settings: SweepSettings, outcomes: Sequence[Outcome]) -> list[Summ
                     counts["changed"],
                     statistics.fmean(outcome["train_seconds"] for outcome in own),
                     statistics.fmean(outcome["file_bytes"] for outcome in own),
+                    _memory(own),
                     _forgotten(own),
                 )
             )
     return result
+
+
+def _memory(outcomes: Sequence[Outcome]) -> float | None:
+    from ..training.report import ON_GPU
+
+    if any(outcome.get("peak_memory_kind") != ON_GPU for outcome in outcomes):
+        return None
+    return statistics.fmean(outcome["peak_memory_bytes"] for outcome in outcomes)
 
 
 def _forgotten(outcomes: Sequence[Outcome]) -> float | None:

@@ -18,7 +18,7 @@ from .counts import model_touched
 from .methods import tensor_counts
 from .session import Session, main_metric
 
-__all__ = ["environment", "peak_memory", "print_report", "run_counts", "write_json"]
+__all__ = ["ON_GPU", "environment", "peak_memory", "print_report", "reset_peak_memory", "run_counts", "write_json"]
 
 _PACKAGES = ("slicefine", "torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "numpy")
 _PROOFS = {"reload_identical": "reloaded: same predictions", "unload_identical": "unloaded: original weights"}
@@ -43,10 +43,19 @@ def environment() -> dict[str, Any]:
     }
 
 
+ON_GPU = "CUDA allocated"  # a run's own peak; a process's resident set is that of all its runs
+
+
+def reset_peak_memory() -> None:
+    """Let a new run's peak begin here, where the device counts it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory() -> tuple[int, str]:
     """Peak memory in bytes and what was measured: the GPU's allocations, or the process's resident set."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(), "CUDA allocated"
+        return torch.cuda.max_memory_allocated(), ON_GPU
     try:
         import resource
     except ImportError:  # Windows

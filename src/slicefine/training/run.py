@@ -15,7 +15,7 @@ from ..tasks.general import general_loss, general_texts
 from .backbone import with_changed_backbone
 from .folders import RESULTS, RunFolder, open_folder
 from .plan import make_plan, print_plan
-from .report import environment, peak_memory, print_report, run_counts, write_json
+from .report import environment, peak_memory, print_report, reset_peak_memory, run_counts, write_json
 from .screen import Screen
 from .session import Session, build, main_metric, measure
 from .settings import TrainSettings
@@ -67,6 +67,7 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     if general:
         before["general"] = general_loss(session.model, general)
     set_seed(settings.training.seed)
+    reset_peak_memory()
     began = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
