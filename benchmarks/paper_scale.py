@@ -9,6 +9,7 @@ run moves.
     python benchmarks/paper_scale.py --out benchmarks/results/paper_scale.json    # all of them: a GPU
     python benchmarks/paper_scale.py --families roberta-base vit-base --words 40 --batch 4 --out cpu.json
     python benchmarks/paper_scale.py --families llama-3.2-3b --methods SliceFine-5C --accumulate 1 --out cpu.json
+    python benchmarks/paper_scale.py --families videomae-base --batch 1 --clips CLIPS --out video.json
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def main() -> None:
                     row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
                 results.append(row)
                 print(json.dumps({key: value for key, value in row.items() if key != "recipe"}), flush=True)
-    record = {"arguments": vars(args) | {"out": Path(args.out).name}, **environment(), "results": results}
+    given = vars(args) | {"out": Path(args.out).name, "clips": args.clips and args.clips.name}
+    record = {"arguments": given, **environment(), "results": results}
     Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -107,7 +109,7 @@ def run(family: Family, method: str, scratch: Path, args: argparse.Namespace) ->
         "model.path": str(scratch / "base"),
         "data.path": str(data),
         **dict.fromkeys(("data.name", "data.validation", "data.test", "data.limit_validation", "data.limit_test")),
-        "data.validation_fraction": 0.1,
+        "data.validation_fraction": 0.2,
         "task.tests": {},
         "slice.moves": None,
         "slice.interval": max(1, args.steps // 4),
@@ -207,6 +209,12 @@ def write_images(folder: Path, columns: dict[str, str], args: argparse.Namespace
 
 
 def write_videos(folder: Path, args: argparse.Namespace) -> None:
+    if args.clips is not None:  # real ones, in two classes
+        for number, clip in enumerate(sorted(path for path in args.clips.iterdir() if path.suffix in (".mp4", ".avi"))):
+            place = folder / "train" / f"class{number % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / clip.name).symlink_to(clip.resolve())
+        return
     import av
     import numpy as np
 
@@ -246,6 +254,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=800, help="made-up rows (videos: at most 24)")
     parser.add_argument("--words", type=int, default=200, help="words of a text, one token each")
     parser.add_argument("--pixels", type=int, default=240, help="side of a picture or frame in its file")
+    parser.add_argument("--clips", type=Path, help="folder of real videos instead of made-up ones")
     parser.add_argument("--batch", type=int, help="instead of the recipe's")
     parser.add_argument("--accumulate", type=int, help="instead of the recipe's gradient accumulation")
     parser.add_argument("--smoke", action="store_true", help="tiny models of the same kinds")
