@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -213,6 +217,41 @@ def outcome(value: float, seed: int, **labels: str) -> dict:
     after = {"validation": {"accuracy": value}}
     facts = {"labels": labels, "seed": seed, "after": after, "tuned": {}, "counts": counts, "key": "run"}
     return {**facts, "train_seconds": 1.0, "file_bytes": 3, "metric": "accuracy"}
+
+
+def test_a_killed_sweep_leaves_no_worker_and_goes_on_to_the_same_results(bert, reviews, tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"base": base(bert, reviews), "vary": {"slice.r": [1, 2]}, "seeds": [0, 1]}))
+
+    def start(folder: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", "from slicefine.cli import main; raise SystemExit(main())", "sweep"]
+        words = ["--config", str(file), "--output", str(tmp_path / folder), "--workers", "1"]
+        return subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def results(folder: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / folder / "runs").glob("*.json")}
+
+    whole, killed = start("whole"), start("killed")
+    deadline = time.monotonic() + 300
+    while not results("killed") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
+    killed.wait()
+    finished = results("killed")
+    assert 0 < len(finished) < 4
+    assert psutil.wait_procs(workers, timeout=60)[1] == []  # all have ended
+    assert start("killed").wait(timeout=300) == 0
+    assert whole.wait(timeout=300) == 0
+    again = results("killed")
+    assert finished.items() <= again.items()  # what was finished is kept, byte for byte
+    expected = {name: json.loads(text) for name, text in results("whole").items()}
+    assert again.keys() == expected.keys()
+    for name, text in again.items():
+        outcome = json.loads(text)
+        for key in ("after", "counts", "moves", "recipe"):
+            assert outcome[key] == expected[name][key]
+        assert [entry.get("loss") for entry in outcome["history"]] == [e.get("loss") for e in expected[name]["history"]]
 
 
 def test_differences_pair_runs_that_are_otherwise_the_same():

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -213,7 +214,8 @@ class _Pool:
 
 
 def _prepare(numbers: Any, workers: int) -> None:
-    """In each worker: its own device, and its share of the cores."""
+    """In each worker: its own device, its share of the cores, and an end with the sweep, however that ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     number = numbers.get()
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     import torch
@@ -226,6 +228,14 @@ def _prepare(numbers: Any, workers: int) -> None:
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
+
+
+def _end_with_parent() -> None:
+    """A killed sweep cannot stop its workers; without this they would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _execute(recipe: dict[str, Any], facts: Outcome, path: str, place: str | None) -> Outcome:
