@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from slicefine.errors import SliceFineError
+from slicefine.errors import ConfigError, SliceFineError
 from slicefine.sweeps.paper import find_recipe, read_table
 from slicefine.sweeps.settings import merged, train_settings
 from slicefine.training.report import environment
@@ -80,7 +80,8 @@ FAMILIES = {
 def main() -> None:
     args = arguments()
     quiet_libraries()
-    results = []
+    given = vars(args) | {"out": Path(args.out).name, "clips": args.clips and args.clips.name}
+    results: list[dict[str, Any]] = []
     for name in args.families:
         family = FAMILIES[name]
         with tempfile.TemporaryDirectory(prefix="paper-scale-") as scratch:
@@ -88,13 +89,12 @@ def main() -> None:
                 row = {"family": name, "table": family.table, "task": family.task, "method": method}
                 try:
                     row |= run(family, method, Path(scratch), args)
-                except (SliceFineError, torch.OutOfMemoryError) as error:
+                except (SliceFineError, RuntimeError, ValueError) as error:  # memory, too
                     row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
                 results.append(row)
+                record = {"arguments": given, **environment(), "results": results}
+                Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
                 print(json.dumps({key: value for key, value in row.items() if key != "recipe"}), flush=True)
-    given = vars(args) | {"out": Path(args.out).name, "clips": args.clips and args.clips.name}
-    record = {"arguments": given, **environment(), "results": results}
-    Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def run(family: Family, method: str, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +138,10 @@ def recipe_of(family: Family, method: str) -> dict[str, Any]:
     """The table's settings at scale `paper` for a task and a method, as `slicefine reproduce` makes them."""
     table = read_table(find_recipe(family.table), "paper").settings
     every = read_table(find_recipe("table7"), "paper").settings.vary["method"]  # methods that this table may lack
-    return merged(table.base, {**table.vary["task"][family.task], **every[method]})
+    if method not in every | table.vary["method"]:
+        raise ConfigError(f"{method!r} is in neither {family.table} nor table7; methods are named as in methods.yaml.")
+    chosen = (every | table.vary["method"])[method]
+    return merged(table.base, {**chosen, **table.vary["task"][family.task]})  # the task comes last, as in a sweep
 
 
 def shrunk(config: dict[str, Any], smoke: bool) -> dict[str, Any]:

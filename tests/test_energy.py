@@ -93,6 +93,27 @@ def test_rows_need_a_loss():
         gradient_energy(network(), batches(), loss=lambda output: output.sum() * float("inf"))
 
 
+def test_what_carries_no_gradient_is_left_out():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.used, self.unused = nn.Linear(7, 6), nn.Linear(6, 3), nn.Linear(2, 2)
+            self.used.eval()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            with torch.no_grad():
+                hidden = self.frozen(x)
+            return {"loss": squared(self.used(hidden))}
+
+    model = Model()
+    model.used.eval()
+    found = energy_positions(model, batches(), r=2, rows=True)
+    assert {name: set(axes) for name, axes in found.items()} == {"frozen": {"column"}, "used": {"column", "row"}}
+    assert (model.training, model.frozen.training, model.used.training) == (True, True, False)
+    with pytest.raises(DataError, match="no batch reached a linear layer"):
+        gradient_energy(model, batches(), target_modules=["unused"])
+
+
 def test_equal_energy_falls_back_to_the_sweep():
     assert energy_positions(nn.Sequential(nn.Linear(6, 2)), [torch.ones(1, 6)], r=2)["0"]["column"] == [0, 2, 4]
 

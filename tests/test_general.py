@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +28,7 @@ def test_the_loss_is_that_of_each_text_alone():
         with torch.no_grad():
             total += float(model(input_ids=row, labels=row).loss) * (len(ids) - 1)
         count += len(ids) - 1
-    assert found["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found == pytest.approx(total / count, rel=1e-5)
     assert model.training  # as it was
 
 
@@ -44,8 +42,8 @@ def test_own_texts_are_repeatable_end_once_and_leave_the_random_state_alone():
     assert texts != own_texts(model, TOKENS, 20, seed=1)
     assert len(texts) == 20
     assert all(ids[0] == 1 and 2 not in ids[1:-1] and len(ids) <= 32 for ids in texts)
-    own = general_loss(model, texts)["loss"]
-    other = general_loss(llama(seed=1), texts)["loss"]
+    own = general_loss(model, texts)
+    other = general_loss(llama(seed=1), texts)
     assert own < other  # a model foretells its own texts better than another one does
 
 
@@ -71,9 +69,34 @@ def test_a_run_reports_what_was_forgotten(tmp_path: Path, general: str, capsys: 
         method__name="full",
     )
     report = train(settings)
-    assert report["after"]["general"]["loss"] > report["before"]["general"]["loss"] + 0.1
-    lost = report["after"]["general"]["loss"] - report["before"]["general"]["loss"]
-    assert f"{lost:+.4f} nats per token" in capsys.readouterr().out
+    found = report["general"]
+    assert found["after"] > found["before"] + 0.1
+    assert found["forgotten"] == found["after"] - found["before"]
+    assert report["after"].keys() == {"validation"}  # general text is no set of the data
+    assert f"{found['forgotten']:+.4f} nats per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_what_the_base_foretells_is_measured_on_the_base(tmp_path: Path, method: str):
+    model = save_llama(tmp_path / "model")
+    write_rows(tmp_path / "data" / "train.jsonl", [{"text": "the film was very good " * 3} for _ in range(16)])
+    changes = {"task__name": "causal-lm", "task__general": "samples", "task__general_limit": 4, "task__max_length": 16}
+    found = []
+    for name in ("lora", method):  # a random prefix changes the outputs before anything is trained
+        settings = recipe(model, str(tmp_path / "data"), tmp_path / name, method__name=name, **changes)
+        settings.training.max_steps = 2
+        found.append(train(settings)["general"])
+    assert found[0]["before"] == found[1]["before"]
+    assert abs(found[1]["forgotten"]) < 2
+
+
+def test_texts_are_drawn_whatever_the_models_own_settings_are():
+    model = llama()
+    texts = own_texts(model, TOKENS, 8)
+    model.generation_config.temperature, model.generation_config.top_p = 0.3, 0.5
+    model.generation_config.repetition_penalty, model.generation_config.eos_token_id = 2.0, [2, 7]
+    assert own_texts(model, TOKENS, 8) == texts
 
 
 def test_general_text_that_cannot_be_used_is_refused(tmp_path: Path):

@@ -115,6 +115,12 @@ def test_a_recipe_says_only_what_differs_from_the_one_that_it_extends(tmp_path: 
     (tmp_path / "third.yaml").write_text("extends: child")
     with pytest.raises(ConfigError, match="extends child, which extends another; name the first one"):
         read_table(tmp_path / "third.yaml", "here")
+    (tmp_path / "third.yaml").write_text("extends: nobody")
+    with pytest.raises(ConfigError, match=r"third.yaml: extends: there is no nobody.yaml beside it"):
+        read_table(tmp_path / "third.yaml", "here")
+    (tmp_path / "third.yaml").write_text("extends: small\nscales: {here: null}")
+    with pytest.raises(ConfigError, match=r"third.yaml: scales: here: expected settings of a sweep, got None"):
+        read_table(tmp_path / "third.yaml", "here")
     (tmp_path / "third.yaml").write_text("extends: ../small")
     with pytest.raises(ConfigError, match=r"extends: '../small' is no name of a recipe in the same folder"):
         read_table(tmp_path / "third.yaml", "here")
@@ -222,11 +228,23 @@ def test_a_small_table_runs_resumes_and_is_identical(tmp_path: Path, capsys: pyt
     }
     rows = {"LoRA": {"method.name": "lora"}, "BitFit": {"method.name": "bitfit"}}
     file = write(tmp_path / "recipes", content, rows)
+    content["scales"]["here"]["view"]["metrics"] = {"long": ["accuracy", "f1", "loss"]}  # loss: of the runs that count
+    file = write(tmp_path / "recipes", content, rows)
     command = ["reproduce", str(file), "--output", str(tmp_path / "out")]
     assert main([*command, "--limit", "5"]) == 1  # killed half-way: all five went into the search
     runs = tmp_path / "out" / "runs"
     first = {path.name: path.read_text() for path in runs.iterdir()}
     assert len(first) == 5
+    capsys.readouterr()
+    assert main([*command, "--search_only", "true"]) == 0
+    assert "Small: search, validation, seed 0" in capsys.readouterr().out
+    searched = {path.name: json.loads(path.read_text()) for path in runs.iterdir()}
+    assert {outcome["seed"] for outcome in searched.values()} == {0}
+    assert sorted(path.name for path in runs.parent.iterdir()) == ["runs", "search.json"]  # no table of the paper
+    chosen = json.loads((tmp_path / "out" / "search.json").read_text())["cells"]
+    for cell in chosen:
+        own = [outcome for outcome in searched.values() if outcome["labels"] == cell["labels"]]
+        assert cell["mean"] == max(outcome["value"] for outcome in own)
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "averages beside nobody" in shown

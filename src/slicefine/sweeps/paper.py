@@ -77,6 +77,8 @@ def read_table(file: Path, scale: str) -> PaperTable:
     scales = content.get("scales") or {}
     if scale not in scales:
         raise ConfigError(f"{file}: scale={scale!r} is not there; it has {', '.join(scales) or 'none'}.")
+    if not isinstance(scales[scale], Mapping):
+        raise ConfigError(f"{file}: scales: {scale}: expected settings of a sweep, got {scales[scale]!r}.")
     chosen = dict(scales[scale])
     names = [name for group in chosen.pop("methods", []) for name in (group if isinstance(group, list) else [group])]
     vary = {**_methods(file, names), **_tasks(file, chosen.pop("tasks", None)), **chosen.pop("vary", {})}
@@ -122,6 +124,8 @@ def _extended(file: Path) -> dict[str, Any]:
         return content
     if not isinstance(parent, str) or Path(parent).name != parent:
         raise ConfigError(f"{file}: extends: {parent!r} is no name of a recipe in the same folder.")
+    if not (file.parent / f"{parent}.yaml").is_file():
+        raise ConfigError(f"{file}: extends: there is no {parent}.yaml beside it.")
     base = _load(file.parent / f"{parent}.yaml")
     if "extends" in base:
         raise ConfigError(f"{file}: extends {parent}, which extends another; name the first one.")

@@ -21,7 +21,7 @@ __all__ = ["sweep"]
 
 
 def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summary]:
-    """Make the runs that are missing, print the table, and write index and figure.
+    """Make the runs that are missing, print the table, and write index and figure (of a search alone: search.json).
 
     Returns:
         One summary per cell that has a run.
@@ -31,7 +31,7 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
     """
     console = console or Console(width=None if Console().is_terminal else 140)
     if settings.search_only:
-        settings = replace(settings, split="validation", seeds=[search_seed(settings)])
+        settings = _as_search(settings)
     if settings.dry_run:
         _list(settings, console)
         return []
@@ -56,11 +56,19 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
         if rows:
             console.print(_comparison(axis, label, rows, settings.view.points))
     missing = len(cells(settings)) * len(settings.seeds) - sum(len(item.values) for item in found)
-    if missing:
+    if missing and not settings.search_only:
         console.print(f"{missing} runs are missing: the same command goes on with them.")
     _write(settings, folder, found, outcomes, compared, metric)
     console.print(f"written to {folder}", highlight=False)
     return found
+
+
+def _as_search(settings: SweepSettings) -> SweepSettings:
+    """The sweep as its search alone: one seed on validation, by the metric that chooses."""
+    seed = search_seed(settings)
+    view = replace(settings.view, metrics={}, apart=False)
+    title = f"{settings.title}: search, validation, seed {seed}"
+    return replace(settings, title=title, split="validation", seeds=[seed], view=view)
 
 
 def _list(settings: SweepSettings, console: Console) -> None:
@@ -152,5 +160,8 @@ def _write(
         "settings": asdict(settings),
         **environment(),
     }
+    if settings.search_only:  # what the runs that count have written stays
+        write_json(folder / "search.json", plain(index))
+        return
     write_json(folder / "index.json", plain(index))
     save_chart(sweep_chart(settings, found, "figure", metric), folder)

@@ -36,6 +36,8 @@ def reproduce(table: PaperTable, console: Console | None = None) -> list[Summary
         print_forecast(table, console)
         return []
     found = sweep(table.settings, console)
+    if table.settings.search_only:  # one seed on validation is no table of the paper
+        return found
     console.print(beside_the_paper(table, found))
     folder = Path(str(table.settings.output)).expanduser()
     (folder / "table.md").write_text(markdown(table, found), encoding="utf-8")
@@ -129,8 +131,9 @@ def print_forecast(table: PaperTable, console: Console) -> None:
     settings = table.settings
     grid = cells(settings)
     tuning = len(runs_of(settings, grid[0], 0)) if settings.tune else 0
-    each = tuning + len(settings.seeds)
-    console.print(f"{settings.title}: {len(grid)} cells, {tuning} runs to choose and {len(settings.seeds)} that count")
+    counting = 0 if settings.search_only else len(settings.seeds)
+    each = tuning + counting
+    console.print(f"{settings.title}: {len(grid)} cells, {tuning} runs to choose and {counting} that count")
     _, columns = _axes(table)
     quiet_libraries()
     shown = Table(title="predicted for SliceFine, column r=5; methods beside the layers take up to twice as long")

@@ -126,9 +126,9 @@ def _memory(outcomes: Sequence[Outcome]) -> float | None:
 
 
 def _forgotten(outcomes: Sequence[Outcome]) -> float | None:
-    if not all("general" in outcome["after"] for outcome in outcomes):
+    if not all("general" in outcome for outcome in outcomes):
         return None
-    return statistics.fmean(o["after"]["general"]["loss"] - o["before"]["general"]["loss"] for o in outcomes)
+    return statistics.fmean(outcome["general"]["forgotten"] for outcome in outcomes)
 
 
 def value(outcome: Outcome, split: str = "validation") -> float:

@@ -174,6 +174,7 @@ def _cut(sequences: list[list[int]], length: int) -> Iterator[list[int]]:
 def _sums(logits: Any, labels: Tensor) -> Tensor:
     """Per sequence: loss summed over tokens, number of tokens, number of correct ones. Small enough to gather."""
     logits = logits[0] if isinstance(logits, tuple) else logits
+    logits = logits[:, -labels.shape[1] :]  # virtual tokens of prompt tuning come first
     targets = labels[:, 1:]
     scores = logits[:, :-1].float().transpose(1, 2)
     losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none", ignore_index=IGNORED)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,27 @@ from .settings import DataSettings, TaskSettings
 from .sources import load_splits, require_columns
 from .text import check_texts
 
-__all__ = ["SAMPLES", "general_loss", "general_texts", "own_texts"]
+__all__ = ["SAMPLES", "General", "general_loss", "general_of", "general_texts", "own_texts"]
 
 SAMPLES = "samples"  # instead of a file: texts that the model itself writes
 _LENGTH = 128  # tokens of a text that the model writes
-_BATCH = 16
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class General:
+    """General texts as token ids, and the base's mean loss per token on them, in nats."""
+
+    texts: list[list[int]]
+    loss: float
+
+
+def general_of(model: Any, tokenizer: Any, task: TaskSettings) -> General | None:
+    """The general texts of a recipe and what the base foretells of them; None where it asks for none."""
+    if task.general is None:
+        return None
+    texts = general_texts(model, tokenizer, task)
+    return General(texts, general_loss(model, texts))
 
 
 def general_texts(model: Any, tokenizer: Any, task: TaskSettings) -> list[list[int]]:
@@ -60,11 +76,15 @@ def own_texts(model: Any, tokenizer: Any, count: int, seed: int = 0) -> list[lis
             size = min(_BATCH, count - first)
             prompt = torch.full((size, 1), start, device=model.device)
             drawn = model.generate(
-                prompt,
+                input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                do_sample=True,
+                do_sample=True,  # from the model itself, whatever its own settings of generation are
+                temperature=1.0,
                 top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
                 max_new_tokens=length,
+                eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=start,
             )
             texts += [_ended(ids, tokenizer.eos_token_id) for ids in drawn.tolist()]
@@ -72,12 +92,12 @@ def own_texts(model: Any, tokenizer: Any, count: int, seed: int = 0) -> list[lis
 
 
 @torch.no_grad()
-def general_loss(model: Any, texts: list[list[int]]) -> dict[str, float]:
-    """Mean loss per token in nats over all texts, and its exponential.
+def general_loss(model: Any, texts: list[list[int]]) -> float:
+    """Mean loss per token over all texts, in nats.
 
     Example:
         >>> general_loss(model, general_texts(model, tokenizer, task))  # doctest: +SKIP
-        {'loss': 1.43, 'perplexity': 4.18}
+        1.43
     """
     total, count = 0.0, 0
     with _quiet(model):
@@ -86,23 +106,26 @@ def general_loss(model: Any, texts: list[list[int]]) -> dict[str, float]:
             longest = max(len(ids) for ids in batch)
             padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch], device=model.device)
             there = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in batch], device=model.device)
-            scores = model(input_ids=padded, attention_mask=there).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(scores.transpose(1, 2), padded[:, 1:], reduction="none")
-            total += float((losses * there[:, 1:]).sum())
-            count += int(there[:, 1:].sum())
-    loss = total / max(1, count)
-    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+            logits = model(input_ids=padded, attention_mask=there).logits[:, -longest:]  # virtual tokens come first
+            for scores, ids in zip(logits, batch, strict=True):  # one by one: in fp32 a vocabulary is large
+                losses = torch.nn.functional.cross_entropy(
+                    scores[: len(ids) - 1].float(), torch.tensor(ids[1:], device=model.device), reduction="sum"
+                )
+                total += float(losses)
+            count += sum(len(ids) - 1 for ids in batch)
+    return total / max(1, count)
 
 
 @contextmanager
 def _quiet(model: Any) -> Iterator[None]:
     """Without dropout for as long as the context lasts."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _ended(ids: list[int], end: int | None) -> list[int]:

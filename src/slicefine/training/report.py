@@ -90,9 +90,8 @@ def print_report(session: Session, report: dict[str, Any], console: Console) -> 
             before = report["before"].get(split, {}).get(name)
             shown = "not measured" if before is None else f"{before:.4f}"
             table.add_row(f"{name} ({split})", f"{shown} -> [bold]{report['after'][split][name]:.4f}[/bold]")
-    if "general" in report["after"]:
-        lost = report["after"]["general"]["loss"] - report["before"]["general"]["loss"]
-        table.add_row("forgotten (loss on general text)", f"{lost:+.4f} nats per token")
+    if "general" in report:
+        table.add_row("forgotten (loss on general text)", f"{report['general']['forgotten']:+.4f} nats per token")
     table.add_row(
         "trainable entries", f"{counts['trainable']:,} ({counts['trainable'] / counts['total']:.3%} of the model)"
     )

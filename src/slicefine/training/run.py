@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from ..files.writing import atomic_folder
 from ..plots import draw_run
-from ..tasks.general import general_loss, general_texts
+from ..tasks.general import general_loss
 from .backbone import with_changed_backbone
 from .folders import RESULTS, RunFolder, open_folder
 from .plan import make_plan, print_plan
@@ -52,6 +52,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> dict[str, 
         print_plan(session, plan, console)
         return {"counts": plan.counts, "steps": plan.total_steps, "moves": plan.moves}
     folder = open_folder(settings)
+    reset_peak_memory()
     with folder.clean_up():
         session = build(with_changed_backbone(settings, folder.path, folder.checkpoint is not None))
         return _run(session, folder, console)
@@ -63,11 +64,7 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     screen = Screen(console, metric)
     trainer = session.trainer(str(folder.checkpoints), screen)
     before = _measure(trainer, session) if settings.training.evaluate_before else {}
-    general = general_texts(session.model, session.loaded.processor, settings.task) if settings.task.general else []
-    if general:
-        before["general"] = general_loss(session.model, general)
     set_seed(settings.training.seed)
-    reset_peak_memory()
     began = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
@@ -77,8 +74,6 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     check_weights(session.model, trainer.state.global_step)
     memory, kind = peak_memory()
     after = _measure(trainer, session)
-    if general:  # what was forgotten is the difference
-        after["general"] = general_loss(session.model, general)
     if session.settings.task.tests:  # questions that a language model answers in words
         graded: dict[str, float] = session.task.grade(session.model, session.loaded.processor)  # type: ignore[attr-defined]
         after["test"] = {**after.get("test", {}), **graded}
@@ -88,6 +83,7 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     report: dict[str, Any] = {
         "before": before,
         "after": after,
+        **_forgetting(session),
         "metric": metric,
         "counts": run_counts(session),
         "moves": session.record.moves,
@@ -115,6 +111,16 @@ def _measure(trainer: SliceTrainer, session: Session) -> dict[str, dict[str, flo
     """All metrics on the validation and test sets."""
     splits = session.prepared.splits
     return {name: measure(trainer, session.task, splits[name]) for name in ("validation", "test") if name in splits}
+
+
+def _forgetting(session: Session) -> dict[str, Any]:
+    """The loss on general text before and after training, and how much it rose."""
+    if session.general is None:
+        return {}
+    before, after = session.general.loss, general_loss(session.model, session.general.texts)
+    return {
+        "general": {"texts": len(session.general.texts), "before": before, "after": after, "forgotten": after - before}
+    }
 
 
 def _verify(session: Session, folder: Path) -> dict[str, bool | None]:

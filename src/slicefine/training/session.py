@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import ConfigError
 from ..tasks import Loaded, Prepared, Task, get_task
+from ..tasks.general import General, general_of
 from ..tasks.sources import load_splits
 from .methods import make_trainable, new_parameters, planned_steps
 from .screen import Screen
@@ -34,6 +35,7 @@ class Session:
         model: the model to train.
         prepared: the data sets.
         record: step times and moves.
+        general: general texts, and what the base foretells of them; None where the recipe has none.
     """
 
     settings: TrainSettings
@@ -42,6 +44,7 @@ class Session:
     model: Any
     prepared: Prepared
     record: Record
+    general: General | None = None
 
     @property
     def total_steps(self) -> int:
@@ -105,8 +108,9 @@ def build(settings: TrainSettings) -> Session:
     set_seed(settings.training.seed)  # the new head is drawn here
     loaded = task.load()
     prepared = task.prepare(splits, loaded)
+    general = general_of(loaded.model, loaded.processor, settings.task)  # of the base: some methods change it at once
     model = make_trainable(loaded, task, settings, prepared)
-    return Session(settings, task, loaded, model, prepared, Record())
+    return Session(settings, task, loaded, model, prepared, Record(), general)
 
 
 def main_metric(task: Task, settings: TrainSettings) -> tuple[str, bool]:
