@@ -19,7 +19,7 @@ from .geometry import block_count, block_start
 from .layer import supports
 from .tuner import linear_names, matches
 
-__all__ = ["energy_positions", "gradient_energy", "input_energy"]
+__all__ = ["energy_positions", "evaluating", "gradient_energy", "input_energy"]
 
 Loss = Callable[[Any], Tensor]  # what the model returns -> the loss
 
@@ -206,13 +206,22 @@ def _watched(
             f"energy: target_modules={target_modules!r} matches no nn.Linear or Conv1D layer; those of this "
             f"model are called {', '.join(linear_names(model)[:20])}."
         )
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for as long as the context lasts; then every module is as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module in training:
             module.training = True
 

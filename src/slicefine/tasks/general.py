@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..energy import evaluating
 from ..errors import DataError
 from .settings import DataSettings, TaskSettings
 from .sources import load_splits, require_columns
@@ -70,7 +69,7 @@ def own_texts(model: Any, tokenizer: Any, count: int, seed: int = 0) -> list[lis
     start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     length = min(_LENGTH, (getattr(model.config, "max_position_embeddings", None) or 512) - 1)
     texts: list[list[int]] = []
-    with _quiet(model), torch.random.fork_rng():
+    with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         for first in range(0, count, _BATCH):
             size = min(_BATCH, count - first)
@@ -100,7 +99,7 @@ def general_loss(model: Any, texts: list[list[int]]) -> float:
         1.43
     """
     total, count = 0.0, 0
-    with _quiet(model):
+    with evaluating(model):
         for first in range(0, len(texts), _BATCH):
             batch = texts[first : first + _BATCH]
             longest = max(len(ids) for ids in batch)
@@ -114,18 +113,6 @@ def general_loss(model: Any, texts: list[list[int]]) -> float:
                 total += float(losses)
             count += sum(len(ids) - 1 for ids in batch)
     return total / max(1, count)
-
-
-@contextmanager
-def _quiet(model: Any) -> Iterator[None]:
-    """Without dropout for as long as the context lasts."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _ended(ids: list[int], end: int | None) -> list[int]:
