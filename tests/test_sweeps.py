@@ -20,7 +20,6 @@ from scipy.stats import bootstrap
 from cli_helpers import ROOT, SHARED, recipe, save_bert, save_reviews
 from slicefine.cli.main import main
 from slicefine.errors import ConfigError
-from slicefine.geometry import block_start
 from slicefine.sweeps import run as run_module
 from slicefine.sweeps.report import sweep
 from slicefine.sweeps.results import differences, spread, summaries, sweep_chart
@@ -309,14 +308,11 @@ def test_a_pruned_backbone_is_the_adapters_base(bert, reviews, tmp_path, share):
         kept = torch.zeros(before.shape, dtype=torch.bool)
         layer = f"bert.{name}".removesuffix(".weight")
         if layer in positions or ".dense" in layer or ".query" in layer or ".key" in layer or ".value" in layer:
-            for visit in range(len(report["moves"]) + 1):  # row blocks sweep, columns go by energy
-                turn = visit // 2
-                if visit % 2 == 0:
-                    start = block_start(turn % -(-before.shape[0] // 2), before.shape[0], 2)
-                    kept[start : start + 2] = True
-                else:
-                    start = positions[layer]["column"][turn % len(positions[layer]["column"])]
-                    kept[:, start : start + 2] = True
+            for visit in range(len(report["moves"]) + 1):
+                axis = ("row", "column")[visit % 2]
+                starts = positions[layer][axis]
+                start = starts[visit // 2 % len(starts)]
+                kept.narrow(visit % 2, start, 2).fill_(True)
         assert torch.equal(after[kept], before[kept]), name
         frozen += int((~kept).sum())
         zero += int((after[~kept] == 0).sum())
