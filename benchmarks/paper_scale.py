@@ -123,11 +123,10 @@ def run(family: Family, method: str, scratch: Path, args: argparse.Namespace) ->
         changes["training.gradient_accumulation"] = args.accumulate
     if args.batch is not None:
         changes["training.batch_size"] = args.batch
-    recipe = merged(recipe, {**changes, "output": str(scratch / "run"), "overwrite": True, "quiet": True})
-    recipe = merged(recipe, {"verify": False})
+    own = {"output": str(scratch / "run"), "overwrite": True, "quiet": True, "verify": False}
+    recipe = merged(recipe, {**changes, **own})
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     report = train(train_settings(recipe))
     losses = [entry["loss"] for entry in report["history"] if "loss" in entry]
     wanted = ("counts", "moves", "steps", "seconds_per_step", "peak_memory_bytes", "peak_memory_kind", "file_bytes")

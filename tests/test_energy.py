@@ -58,7 +58,7 @@ def test_gradient_energy_equals_brute_force_and_leaves_the_model_alone():
         for name, gradient in zip(("0", "3"), torch.autograd.grad(squared(last), [first, last]), strict=True):
             expected[name] += gradient.double().reshape(-1, gradient.shape[-1]).square().sum(0) / 24
     for name, energy in expected.items():
-        torch.testing.assert_close(found[name], energy, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found[name], energy, rtol=1e-5, atol=1e-9)  # the gradients are fp32
     assert [p.requires_grad for p in model.parameters()] == [False, True, True, True]
     assert all(p.grad is None for p in model.parameters())
     assert model.training
@@ -74,7 +74,7 @@ def test_layers_before_an_activation_in_place_have_a_gradient_energy():
 
 def test_rows_come_in_the_order_of_their_gradient():
     model = network()
-    positions = energy_positions(model, iter(batches()), r=3, r_row=2, rows=True, loss=squared)
+    positions = energy_positions(model, iter(batches()), r=3, r_row=2, axes=("row", "column"), loss=squared)
     energy = gradient_energy(model, batches(), loss=squared)["0"]
     sums = [float(energy[start : start + 2].sum()) for start in positions["0"]["row"]]
     assert sums == sorted(sums, reverse=True)
@@ -84,11 +84,15 @@ def test_rows_come_in_the_order_of_their_gradient():
     assert tuner.mover.slices()["0"].start == positions["0"]["row"][0]
 
 
-def test_rows_need_a_loss():
+def test_axes_are_checked_and_rows_need_a_loss():
+    for axes in ([], ["entries"]):
+        with pytest.raises(ConfigError, match="expected some of row, column"):
+            energy_positions(network(), batches(), axes=axes)
+    assert set(energy_positions(network(), batches(), axes=["row"], loss=squared)["0"]) == {"row"}
     with pytest.raises(
         ConfigError, match="the model returned Tensor without a loss; give batches with labels, or loss="
     ):
-        energy_positions(network(), batches(), rows=True)
+        energy_positions(network(), batches(), axes=["row"])
     with pytest.raises(DataError, match="the gradients of 3 are not finite"):
         gradient_energy(network(), batches(), loss=lambda output: output.sum() * float("inf"))
 
@@ -98,7 +102,6 @@ def test_what_carries_no_gradient_is_left_out():
         def __init__(self) -> None:
             super().__init__()
             self.frozen, self.used, self.unused = nn.Linear(7, 6), nn.Linear(6, 3), nn.Linear(2, 2)
-            self.used.eval()
 
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
             with torch.no_grad():
@@ -107,7 +110,7 @@ def test_what_carries_no_gradient_is_left_out():
 
     model = Model()
     model.used.eval()
-    found = energy_positions(model, batches(), r=2, rows=True)
+    found = energy_positions(model, batches(), r=2, axes=["row", "column"])
     assert {name: set(axes) for name, axes in found.items()} == {"frozen": {"column"}, "used": {"column", "row"}}
     assert (model.training, model.frozen.training, model.used.training) == (True, True, False)
     with pytest.raises(DataError, match="no batch reached a linear layer"):

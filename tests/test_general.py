@@ -48,7 +48,7 @@ def test_own_texts_are_repeatable_end_once_and_leave_the_random_state_alone():
 
 
 @pytest.mark.parametrize("general", ["samples", "file"])
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by PEFT
 def test_a_run_reports_what_was_forgotten(tmp_path: Path, general: str, capsys: pytest.CaptureFixture[str]):
     model = save_llama(tmp_path / "model")
     write_rows(tmp_path / "data" / "train.jsonl", [{"text": "the film was very good " * 3} for _ in range(16)])
@@ -77,7 +77,7 @@ def test_a_run_reports_what_was_forgotten(tmp_path: Path, general: str, capsys: 
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by PEFT
 def test_what_the_base_foretells_is_measured_on_the_base(tmp_path: Path, method: str):
     model = save_llama(tmp_path / "model")
     write_rows(tmp_path / "data" / "train.jsonl", [{"text": "the film was very good " * 3} for _ in range(16)])

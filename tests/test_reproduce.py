@@ -17,6 +17,7 @@ from slicefine.cli.main import main
 from slicefine.errors import ConfigError, DataError
 from slicefine.methods import methods
 from slicefine.sweeps.paper import FOLDER, METHODS, TASKS, PaperTable, find_recipe, read_table
+from slicefine.sweeps.report import as_search
 from slicefine.sweeps.reproduce import beside_the_paper, markdown, price_chart, reproduce
 from slicefine.sweeps.results import Summary, row_averages, table_entries, value
 from slicefine.sweeps.run import ARCHIVE
@@ -137,6 +138,16 @@ def test_a_test_set_needs_runs_that_chose_without_it():
         SweepSettings(vary=vary, extend=-1)
 
 
+def test_a_search_asks_for_no_number_that_only_tests_have():
+    view = ViewSettings(metrics={"commonsense": ["boolq"]}, apart=True)
+    settings = SweepSettings(vary={"slice.r": [1]}, tune={"slice.moves": [1]}, tune_seed=0, seeds=[1, 2], split="test")
+    found = as_search(replace(settings, title="T", view=view, search_only=True))
+    assert (found.title, found.split, found.seeds) == ("T: search, validation, seed 0", "validation", [0])
+    assert (found.view.metrics, found.view.apart) == ({}, False)
+    with pytest.raises(ConfigError, match="search_only=true: the sweep tunes nothing"):
+        SweepSettings(vary={"slice.r": [1]}, search_only=True)
+
+
 def test_lists_grow_only_at_their_ends():
     assert extended([0.333, 1.0, 3.0], 0.333) == [0.111, 0.333, 1.0, 3.0]
     assert extended([1, 2], 2) == [1, 2, 4.0]
@@ -227,8 +238,6 @@ def test_a_small_table_runs_resumes_and_is_identical(tmp_path: Path, capsys: pyt
         },
     }
     rows = {"LoRA": {"method.name": "lora"}, "BitFit": {"method.name": "bitfit"}}
-    file = write(tmp_path / "recipes", content, rows)
-    content["scales"]["here"]["view"]["metrics"] = {"long": ["accuracy", "f1", "loss"]}  # loss: of the runs that count
     file = write(tmp_path / "recipes", content, rows)
     command = ["reproduce", str(file), "--output", str(tmp_path / "out")]
     assert main([*command, "--limit", "5"]) == 1  # killed half-way: all five went into the search

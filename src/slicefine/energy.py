@@ -32,13 +32,13 @@ def energy_positions(
     r_row: int | Callable[[str], int] | None = None,
     target_modules: str | Sequence[str] = "all-linear",
     visits: int | None = None,
-    rows: bool = False,
+    axes: Sequence[str] = ("column",),
     loss: Loss | None = None,
 ) -> dict[str, dict[str, list[int]]]:
     """Positions in the order of energy, for ``positions=`` of `SliceFineConfig` and `attach`.
 
-    Columns go by the mean square of the layer's input. With ``rows`` rows go by that of the gradient at its output; the
-    batches need their labels then, and a backward pass is made for each.
+    Columns go by the mean square of the layer's input, rows by that of the gradient at its output: for rows the batches
+    need their labels, and a backward pass is made for each.
 
     The result is plain data: every process of a run has to be given the same, and it is saved with the adapter.
 
@@ -49,14 +49,14 @@ def energy_positions(
         r_row: rank of the row slices where it is another one.
         target_modules: ``"all-linear"``, a regular expression for the full name, or name endings.
         visits: how many positions per layer and orientation to keep; None keeps all blocks.
-        rows: order rows as well; what the result leaves out sweeps.
+        axes: ``"column"``, ``"row"`` or both; what the result leaves out sweeps.
         loss: the loss of what the model returns; None is its ``.loss``, as transformers' models have it.
 
     Returns:
-        ``{layer name: {"column": starts, "row": starts}}``, best block first; "row" only with ``rows``.
+        ``{layer name: {axis: starts}}``, best block first.
 
     Raises:
-        ConfigError: if no layer matches, a rank is below 1, or there is no loss to order rows by.
+        ConfigError: if no layer matches, a rank is below 1, an axis is unknown, or there is no loss for rows.
         DataError: if no batch reaches a chosen layer, or its inputs or gradients are not finite.
 
     Example:
@@ -64,13 +64,16 @@ def energy_positions(
         >>> energy_positions(model, [torch.tensor([[0.0, 1.0, 3.0, 0.0]])], r=2)
         {'0': {'column': [2, 0]}}
     """
-    batches = list(batches) if rows else batches
+    if not axes or not set(axes) <= {"row", "column"}:
+        raise ConfigError(f"energy_positions: axes={axes!r}: expected some of row, column.")
+    batches = list(batches)
     result: dict[str, dict[str, list[int]]] = {}
-    for name, energy in input_energy(model, batches, target_modules).items():
-        result[name] = {"column": _ordered(name, energy, r, visits)}
-    if rows:
+    if "column" in axes:
+        for name, energy in input_energy(model, batches, target_modules).items():
+            result[name] = {"column": _ordered(name, energy, r, visits)}
+    if "row" in axes:
         for name, energy in gradient_energy(model, batches, target_modules, loss).items():
-            result[name]["row"] = _ordered(name, energy, r if r_row is None else r_row, visits)
+            result.setdefault(name, {})["row"] = _ordered(name, energy, r if r_row is None else r_row, visits)
     return result
 
 

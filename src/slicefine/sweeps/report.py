@@ -17,7 +17,7 @@ from .results import Difference, Entry, Summary, differences, row_averages, summ
 from .run import run_sweep
 from .settings import SweepSettings, cells, runs_of, search_seed
 
-__all__ = ["sweep"]
+__all__ = ["as_search", "sweep"]
 
 
 def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summary]:
@@ -31,7 +31,7 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
     """
     console = console or Console(width=None if Console().is_terminal else 140)
     if settings.search_only:
-        settings = _as_search(settings)
+        settings = as_search(settings)
     if settings.dry_run:
         _list(settings, console)
         return []
@@ -63,7 +63,7 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
     return found
 
 
-def _as_search(settings: SweepSettings) -> SweepSettings:
+def as_search(settings: SweepSettings) -> SweepSettings:
     """The sweep as its search alone: one seed on validation, by the metric that chooses."""
     seed = search_seed(settings)
     view = replace(settings.view, metrics={}, apart=False)

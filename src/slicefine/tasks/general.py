@@ -29,10 +29,8 @@ class General:
     loss: float
 
 
-def general_of(model: Any, tokenizer: Any, task: TaskSettings) -> General | None:
-    """The general texts of a recipe and what the base foretells of them; None where it asks for none."""
-    if task.general is None:
-        return None
+def general_of(model: Any, tokenizer: Any, task: TaskSettings) -> General:
+    """The general texts of a recipe, and what the base foretells of them."""
     texts = general_texts(model, tokenizer, task)
     return General(texts, general_loss(model, texts))
 

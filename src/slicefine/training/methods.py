@@ -23,6 +23,7 @@ __all__ = [
     "open_base",
     "planned_steps",
     "tensor_counts",
+    "to_device",
     "train_batches",
     "typical_batches",
 ]
@@ -114,12 +115,19 @@ def typical_batches(
     return typical, largest
 
 
-def _collated(loaded: Loaded, prepared: Prepared, groups: list[list[int]]) -> Iterator[dict[str, Any]]:
+def to_device(loaded: Loaded) -> torch.device:
+    """Put the model where the run will be."""
     from accelerate import PartialState
+
+    device: torch.device = PartialState(cpu=not torch.accelerator.is_available()).device
+    loaded.model.to(device)
+    return device
+
+
+def _collated(loaded: Loaded, prepared: Prepared, groups: list[list[int]]) -> Iterator[dict[str, Any]]:
     from accelerate.utils import send_to_device
 
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
-    loaded.model.to(device)
+    device = to_device(loaded)
     rows = prepared.splits["train"]
     for group in groups:
         yield send_to_device(dict(prepared.collator([rows[i] for i in group])), device)
@@ -156,13 +164,13 @@ def measured_positions(loaded: Loaded, settings: TrainSettings, prepared: Prepar
     chosen = settings.slice
     if not chosen.measured:
         return chosen.positions
-    swept = chosen.positions == "energy" and chosen.mode == "row" and chosen.row_order == "sweep"
-    if chosen.mode == "random_mask" or swept:
+    by_energy = chosen.positions == "energy"
+    if chosen.mode == "random_mask" or (by_energy and not _ordered_axes(chosen)):
         return "sweep"  # masks are drawn
     from accelerate.utils import broadcast_object_list
 
     batches = train_batches(loaded, settings, prepared, ENERGY_BATCHES)
-    if chosen.positions == "energy":
+    if by_energy:
         positions = _by_energy(loaded.model, batches, chosen)
     else:
         from .importance import positions_by_importance
@@ -184,8 +192,14 @@ def _by_energy(model: Any, batches: Iterator[dict[str, Any]], chosen: SliceSetti
         # an interval's number of moves is not known here
         # and with others to keep out of, all positions are needed to choose from
         visits=None if chosen.interval is not None or chosen.moves is None or chosen.reserve else chosen.moves + 1,
-        rows=chosen.mode != "column" and chosen.row_order == "gradient",
+        axes=_ordered_axes(chosen),
     )
+
+
+def _ordered_axes(chosen: SliceSettings) -> list[str]:
+    """Orientations that the run trains and positions=energy orders."""
+    trained = ["row", "column"] if chosen.mode == "alternate" else [chosen.mode]
+    return [axis for axis in trained if axis == "column" or chosen.row_order == "gradient"]
 
 
 def _ranks(chosen: SliceSettings, name: str) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def train(settings: TrainSettings, console: Console | None = None) -> dict[str, 
     folder = open_folder(settings)
     reset_peak_memory()
     with folder.clean_up():
-        session = build(with_changed_backbone(settings, folder.path, folder.checkpoint is not None))
+        session = build(with_changed_backbone(settings, folder.path, folder.checkpoint is not None), general=True)
         return _run(session, folder, console)
 
 

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..tasks import Loaded, Prepared, Task, get_task
 from ..tasks.general import General, general_of
 from ..tasks.sources import load_splits
-from .methods import make_trainable, new_parameters, planned_steps
+from .methods import make_trainable, new_parameters, planned_steps, to_device
 from .screen import Screen
 from .settings import TrainSettings
 from .trainer import Record, SliceTrainer
@@ -92,8 +92,12 @@ def open_task(settings: TrainSettings) -> tuple[Task, dict[str, Any]]:
     return task, load_splits(settings.data, check=task.read)
 
 
-def build(settings: TrainSettings) -> Session:
+def build(settings: TrainSettings, general: bool = False) -> Session:
     """Load data and model and apply the method.
+
+    Args:
+        settings: the recipe.
+        general: measure the base on general text first, if the recipe names some; a plan does without.
 
     Raises:
         ConfigError: if a setting does not fit.
@@ -108,9 +112,12 @@ def build(settings: TrainSettings) -> Session:
     set_seed(settings.training.seed)  # the new head is drawn here
     loaded = task.load()
     prepared = task.prepare(splits, loaded)
-    general = general_of(loaded.model, loaded.processor, settings.task)  # of the base: some methods change it at once
+    found = None
+    if general and settings.task.general is not None:  # on the base: some methods change its outputs at once
+        to_device(loaded)
+        found = general_of(loaded.model, loaded.processor, settings.task)
     model = make_trainable(loaded, task, settings, prepared)
-    return Session(settings, task, loaded, model, prepared, Record(), general)
+    return Session(settings, task, loaded, model, prepared, Record(), found)
 
 
 def main_metric(task: Task, settings: TrainSettings) -> tuple[str, bool]:
