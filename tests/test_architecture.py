@@ -21,6 +21,7 @@ LADDER = [
     "geometry",
     "initial",
     "packed",
+    "weights",
     "window",
     "schedule",
     "functional",
@@ -39,7 +40,8 @@ ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}
 ALLOWED["packed"] = {"errors", "geometry"}
-ALLOWED["functional"] = {"errors", "geometry", "packed"}  # tensors only: no schedule
+ALLOWED["weights"] = set()
+ALLOWED["functional"] = {"errors", "geometry"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}

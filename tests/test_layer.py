@@ -19,9 +19,10 @@ from slicefine import attach
 from slicefine.errors import AdapterFileError, ConfigError, ContentError, UnsupportedError
 from slicefine.functional import write_block
 from slicefine.geometry import Slice
-from slicefine.layer import SliceLinear, is_transposed, supports
+from slicefine.layer import SliceLayer
 from slicefine.schedule import Schedule, slice_at
 from slicefine.transfer import file_tensors, load_tensors
+from slicefine.weights import is_transposed, supports
 
 OUT, IN = 7, 5
 SCHEDULES = {
@@ -45,15 +46,15 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).reshape(*x.shape[:-1], self.nf)
 
 
-def make_layer(dtype: torch.dtype = torch.float32, names: str = "a", base: nn.Module | None = None) -> SliceLinear:
+def make_layer(dtype: torch.dtype = torch.float32, names: str = "a", base: nn.Module | None = None) -> SliceLayer:
     torch.manual_seed(1)
-    layer = SliceLinear(base if base is not None else nn.Linear(IN, OUT, dtype=dtype))
+    layer = SliceLayer(base if base is not None else nn.Linear(IN, OUT, dtype=dtype))
     for name in names:
         layer.add_slice(name, SCHEDULES[name], f"fc.{name}")
     return layer
 
 
-def change(layer: SliceLinear, name: str, amount: float = 1.0) -> None:
+def change(layer: SliceLayer, name: str, amount: float = 1.0) -> None:
     """What an optimizer's step does, as the mover writes it back."""
     with torch.no_grad():
         layer.block(name).add_(amount * torch.randn_like(layer.block(name)))
@@ -62,7 +63,7 @@ def change(layer: SliceLinear, name: str, amount: float = 1.0) -> None:
     layer.states[name].journal.count_step()
 
 
-def train_visits(layer: SliceLinear, name: str, visits: int) -> Tensor:
+def train_visits(layer: SliceLayer, name: str, visits: int) -> Tensor:
     """Visit some positions, changing every one; returns the dense weight and leaves the layer reverted."""
     layer.apply_only([name])
     for visit in range(visits):
@@ -222,7 +223,7 @@ def test_what_cannot_be_sliced_is_refused():
     for layer in (nn.Embedding(4, 4), nn.Conv2d(1, 1, 1), quantised, computed, uncalled):
         assert not supports(layer)
         with pytest.raises(UnsupportedError, match=r"trains the floating-point matrix of nn.Linear and Conv1D"):
-            SliceLinear(layer)
+            SliceLayer(layer)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_a_copy_is_independent_and_moves_by_itself(how):
     assert all(torch.equal(v, frozen[k]) for k, v in model.state_dict().items())
     for x, y in data[4:]:
         step(model, optimizer, x, y)
-    layers = [m for m in twin.modules() if isinstance(m, SliceLinear)]
+    layers = [m for m in twin.modules() if isinstance(m, SliceLayer)]
     assert len(layers) == 3
     for layer, mine in zip(layers, tuner.layers.values(), strict=True):
         journal = layer.states["default"].journal

@@ -15,7 +15,7 @@ from core_helpers import batches, mlp, step
 from slicefine import attach
 from slicefine.errors import AdapterFileError, ConfigError
 from slicefine.geometry import Slice, entry_indices
-from slicefine.layer import SliceLinear
+from slicefine.layer import SliceLayer
 from slicefine.schedule import Schedule
 from slicefine.tuner import FORMAT_VERSION, match_layers
 
@@ -93,7 +93,7 @@ def test_unload_leaves_the_originals_or_the_trained_weights(mode, merge):
     assert same(linear_weights(model), expected)
     assert torch.equal(model(x), output)
     assert {n for n, _ in model.named_parameters()} == names
-    assert not any(isinstance(m, SliceLinear) for m in model.modules())
+    assert not any(isinstance(m, SliceLayer) for m in model.modules())
     optimizer.step()  # a leftover optimizer moves nothing
     assert same(linear_weights(model), expected)
     attach(model, r=1, interval=1)  # and a new start is possible
@@ -306,7 +306,7 @@ def test_attach_that_fails_changes_nothing():
     model = mlp()
     with pytest.raises(ConfigError, match="positions list, layer '2': row slice of width 1 at 7 does not fit"):
         attach(model, mode="row", r=1, positions=[7], interval=1)  # fits the first layer only
-    assert not any(isinstance(m, SliceLinear) for m in model.modules())
+    assert not any(isinstance(m, SliceLayer) for m in model.modules())
 
 
 def test_rank_0_of_one_orientation_is_refused():

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, DataError
 from .geometry import block_count, block_start
-from .layer import supports
 from .tuner import linear_names, matches
+from .weights import supports
 
 __all__ = ["energy_positions", "evaluating", "gradient_energy", "input_energy"]
 

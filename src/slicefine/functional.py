@@ -15,12 +15,22 @@ from torch.nn import functional as F
 
 from .errors import ContentError
 from .geometry import Slice, entry_indices
-from .packed import PackedDelta
 
-__all__ = ["Content", "Matrix", "line_index", "read_block", "slice_linear", "track_slice", "write_block"]
+__all__ = ["BlockMatrix", "Content", "Matrix", "line_index", "read_block", "slice_linear", "track_slice", "write_block"]
 
 
-Matrix = Tensor | PackedDelta  # what is read and written block by block: a dense weight, or what lies beside one
+class BlockMatrix(Protocol):
+    """A matrix that is no plain tensor, read and written block by block; see `slicefine.packed.PackedDelta`."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self, block: Slice) -> Tensor: ...
+    def write(self, block: Slice, values: Tensor) -> None: ...
+
+
+Matrix = Tensor | BlockMatrix  # a dense weight, or what lies beside one
 
 
 class Content(Protocol):
@@ -49,7 +59,7 @@ def block_view(weight: Tensor, block: Slice) -> Tensor:
 
 def read_block(weight: Matrix, block: Slice, index: Tensor | None = None) -> Tensor:
     """Copy of a slice's values as lines, in the weight's dtype and on its device."""
-    if isinstance(weight, PackedDelta):
+    if not isinstance(weight, Tensor):
         return weight.read(block)
     if block.axis != "entries":
         return block_view(weight, block).clone(memory_format=torch.contiguous_format)
@@ -59,7 +69,7 @@ def read_block(weight: Matrix, block: Slice, index: Tensor | None = None) -> Ten
 
 def write_block(weight: Matrix, block: Slice, values: Tensor, index: Tensor | None = None) -> None:
     """Overwrite a slice's entries in place with ``values`` (lines), converted to the weight's dtype."""
-    if isinstance(weight, PackedDelta):
+    if not isinstance(weight, Tensor):
         weight.write(block, values)
         return
     if block.axis != "entries":

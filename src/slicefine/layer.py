@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .delta import KINDS
 from .errors import AdapterFileError, ConfigError, UnsupportedError
@@ -33,36 +32,13 @@ from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at, slices_of_others
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
+from .weights import is_transposed, supports
 from .window import Place
 
-__all__ = ["SliceLinear", "is_hidden", "is_transposed", "matrix_of", "supports"]
+__all__ = ["SliceLayer"]
 
 
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether a layer keeps its weight as ``(in, out)``: transformers' ``Conv1D``."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-
-
-def supports(layer: nn.Module) -> bool:
-    """Whether a layer is a dense linear map with a floating-point matrix that can be trained in place."""
-    weight = getattr(layer, "weight", None)
-    linear = (isinstance(layer, nn.Linear) and not is_hidden(layer)) or is_transposed(layer)
-    # a parametrised weight (weight norm, pruning) is computed anew by each forward: it is not a parameter
-    return linear and isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
-
-
-def matrix_of(layer: nn.Module) -> Tensor:
-    """A supported layer's weight as ``(out, in)``, sharing its storage."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr]
-    return weight.t() if is_transposed(layer) else weight
-
-
-def is_hidden(layer: nn.Module) -> bool:
-    """Whether a layer's weight is used without a call of the layer: the output projection in nn.MultiheadAttention."""
-    return isinstance(layer, NonDynamicallyQuantizableLinear)
-
-
-class SliceLinear(nn.Module):
+class SliceLayer(nn.Module):
     """A linear layer of which one slice per adapter is trained in place.
 
     The dense weight always holds what the forward needs: the values of the applied adapters, or the originals.
@@ -523,7 +499,7 @@ class SliceLinear(nn.Module):
             "CUDA_VISIBLE_DEVICES=0."
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> SliceLayer:
         synced = {name for name in self.states if self._in_sync(name)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self._base_weight.device
@@ -614,7 +590,7 @@ def _warn_below(state: AdapterState) -> None:
 
 
 def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:
-    assert isinstance(layer, SliceLinear)
+    assert isinstance(layer, SliceLayer)
     take_out_arrived(layer)
     names = layer.requested  # settling may forget them
     for name in list(layer.states):  # settling may reorder them

@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from .errors import AdapterFileError, ConfigError, NumericalError, OptimizerError, UnsupportedError
 from .geometry import Slice
-from .layer import SliceLinear
+from .layer import SliceLayer
 from .schedule import POLICIES, Moves, plan_moves, wrap_visit
 from .state import AdapterState
 from .window import Window, places
@@ -111,7 +111,7 @@ class MoveSettings:
 class _Entry(NamedTuple):
     """A layer in training, with what is looked up once per step: the hook runs for every layer, at every step."""
 
-    layer: SliceLinear
+    layer: SliceLayer
     state: AdapterState
     parameter: Tensor
 
@@ -129,7 +129,7 @@ class Mover:
     """
 
     name: str
-    layers: dict[str, SliceLinear]
+    layers: dict[str, SliceLayer]
     settings: MoveSettings
     run_start: int = 0
     plan: Moves | None = None
@@ -363,7 +363,7 @@ class Mover:
                     f"set_adapter({self.name!r}) first."
                 )
 
-    def _check_finite(self, layers: Mapping[str, SliceLinear]) -> None:
+    def _check_finite(self, layers: Mapping[str, SliceLayer]) -> None:
         flags = {name: layer.block(self.name).isfinite().all() for name, layer in layers.items()}
         if flags and not bool(torch.stack([f.cpu() for f in flags.values()]).all()):
             bad = [name for name, flag in flags.items() if not flag]
@@ -384,7 +384,7 @@ class Mover:
                 f"such as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
             )
 
-    def _padded(self, layer: SliceLinear) -> bool:
+    def _padded(self, layer: SliceLayer) -> bool:
         schedule = layer.states[self.name].schedule
         rows, columns = layer.shape
         return schedule.mode == "alternate" and (rows != columns or schedule.row_rank != schedule.column_rank)
@@ -449,21 +449,21 @@ class Mover:
                     stacklevel=2,
                 )
 
-    def _own(self) -> dict[str, SliceLinear]:
+    def _own(self) -> dict[str, SliceLayer]:
         """Layers that still have this mover's adapter, and not a later one of the same name."""
         return {name: layer for name, layer in self.layers.items() if self._state_of(layer) is not None}
 
-    def _pairs(self) -> Iterator[tuple[SliceLinear, AdapterState]]:
+    def _pairs(self) -> Iterator[tuple[SliceLayer, AdapterState]]:
         for layer in self.layers.values():
             state = self._state_of(layer)
             if state is not None:
                 yield layer, state
 
-    def _state_of(self, layer: SliceLinear) -> AdapterState | None:
+    def _state_of(self, layer: SliceLayer) -> AdapterState | None:
         state = layer.states.get(self.name)
         return state if state is not None and state.mover is self else None
 
-    def _with_adapter(self) -> list[SliceLinear]:
+    def _with_adapter(self) -> list[SliceLayer]:
         return [layer for layer, _ in self._pairs()]
 
     def _training(self) -> list[_Entry]:
@@ -529,7 +529,7 @@ def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
 
 def movers_of(model: torch.nn.Module) -> list[Mover]:
     """Movers of the slices inside ``model``, in the order in which the adapters were added."""
-    layers = {id(module) for module in model.modules() if isinstance(module, SliceLinear)}
+    layers = {id(module) for module in model.modules() if isinstance(module, SliceLayer)}
     found = [mover for mover in _MOVERS if any(id(layer) in layers for layer in mover._with_adapter())]
     names = dict.fromkeys(name for module in model.modules() for name in getattr(module, "slicefine_active", ()))
     order = {name: i for i, name in enumerate(names)}

@@ -90,14 +90,14 @@ class AdapterState:
         self.journal = Journal(history)
         self.index = torch.empty(0, dtype=torch.int64)
         self.fixed: Tensor | None = (
-            None  # entries of the parameter that belong to others (`SliceLinear.fixed_lines`), padded
+            None  # entries of the parameter that belong to others (`SliceLayer.fixed_lines`), padded
         )
         self.crossings = 0  # how many those are
         self.others: list[Slice] | None = None  # where other runs train (`slices_of_others`)
         self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
         self.stamp = new_stamp()
         self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
-        self.views: tuple[Any, ...] = ()  # see `SliceLinear.write_views`
+        self.views: tuple[Any, ...] = ()  # see `SliceLayer.write_views`
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.file_cache: tuple[Any, dict[str, Tensor]] | None = None  # what a file gets, until the next write
         self.staged: dict[str, Tensor] = {}  # tensors of a file that were handed over but not installed yet

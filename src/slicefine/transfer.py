@@ -14,7 +14,6 @@ from .errors import AdapterFileError
 from .functional import Matrix, read_block, write_block
 from .geometry import Slice, line_length
 from .journal import read_table
-from .packed import PackedDelta
 from .schedule import slice_at
 from .state import AdapterState, SampledEntry, base_sample, same_base
 
@@ -37,7 +36,7 @@ BESIDE = "beside"  # empty: says that the slices are differences beside the weig
 
 
 class Holder(Protocol):
-    """What is used of a layer here; see `slicefine.layer.SliceLinear`."""
+    """What is used of a layer here; see `slicefine.layer.SliceLayer`."""
 
     states: dict[str, AdapterState]
     slicefine_active: nn.ParameterDict
@@ -249,7 +248,7 @@ def _check_base(layer: Holder, sample: list[SampledEntry]) -> None:
     Precisions may differ: values are compared with the tolerance of bfloat16.
     """
     weight = layer.dense()
-    if not sample or isinstance(weight, PackedDelta):
+    if not sample or not isinstance(weight, Tensor):  # what lies beside a weight fits any
         return
     rows, columns = [entry.row for entry in sample], [entry.column for entry in sample]
     found = [float(value) for value in weight[rows, columns].tolist()]

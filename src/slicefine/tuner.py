@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from .delta import Delta
 from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
-from .layer import SliceLinear, supports
+from .layer import SliceLayer
 from .mover import Mover, MoveSettings, check_progress
 from .schedule import Positions, Schedule
 from .transfer import check_tensors, file_tensors, load_tensors
+from .weights import supports
 from .window import make_window, places
 
 __all__ = [
@@ -50,7 +51,7 @@ class SliceTuner:
         mover: moves the slices after optimizer steps.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, SliceLinear], mover: Mover) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, SliceLayer], mover: Mover) -> None:
         self.model, self.layers, self.mover = model, layers, mover
 
     @property
@@ -215,7 +216,7 @@ def attach(
         raise ConfigError(f"history={history!r} must be an integer of at least 0.")
     visits = share_visits(mode, share, settings)
     schedule = Schedule(mode, row, column, positions, mask_fraction, seed, reserve or {}, share, visits, start_values)
-    if any(isinstance(module, SliceLinear) for module in model.modules()):
+    if any(isinstance(module, SliceLayer) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
     if additive and mode == "random_mask":
         raise ConfigError("attach: mode='random_mask' trains scattered entries in place; it cannot be additive.")
@@ -230,7 +231,7 @@ def attach(
     layers = {}
     clamped: dict[str, int] = {}
     for name in names:
-        layers[name] = SliceLinear(model.get_submodule(name), additive)
+        layers[name] = SliceLayer(model.get_submodule(name), additive)
         found = schedule.clamped(layers[name].shape)
         clamped |= {} if found is None else {name: found[1]}
         layers[name].add_slice(_NAME, schedule, name, history)

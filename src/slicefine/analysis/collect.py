@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from ..errors import ConfigError, DataError
 from ..geometry import Slice
-from ..layer import supports
 from ..tuner import linear_names
+from ..weights import supports
 
 __all__ = [
     "POOLS",

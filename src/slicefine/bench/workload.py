@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SliceFineError, UnsupportedError
-from ..layer import SliceLinear
+from ..layer import SliceLayer
 from ..mover import movers_of
 from ..transfer import file_tensors
 from .methods import Method, make_optimizer
@@ -123,7 +123,7 @@ def timed_step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimizer |
 
 
 def _weights(model: Any) -> list[Tensor]:
-    beside = [layer.packed for layer in model.modules() if isinstance(layer, SliceLinear) and layer.packed is not None]
+    beside = [layer.packed for layer in model.modules() if isinstance(layer, SliceLayer) and layer.packed is not None]
     return [*model.parameters(), *model.buffers(), *(lines for packed in beside for lines in packed.tensors())]
 
 

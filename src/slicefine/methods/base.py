@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
-from ..layer import matrix_of, supports
 from ..tuner import matches, shared_names
+from ..weights import matrix_of, supports
 from ..window import block_paths
 
 __all__ = [

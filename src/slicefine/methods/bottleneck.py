@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from ..errors import ConfigError
-from ..layer import matrix_of, supports
+from ..weights import matrix_of, supports
 from .base import Base, Method, MethodLayer, Options, block_outputs, replace_layer, wrap_layers
 from .whole import norms
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..layer import matrix_of
+from ..weights import matrix_of
 from .base import MethodLayer, Options
 
 __all__ = ["ChangedLayer", "DenseLayer", "MixedFactors", "ScaledOutput", "added_dtype", "check_choice", "check_range"]

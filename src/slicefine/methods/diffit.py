@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import UnsupportedError
-from ..layer import matrix_of
+from ..weights import matrix_of
 from .base import Base, Method, Options, block_outputs, wrap_layers
 from .dense import ScaledOutput
 from .whole import biases, norms

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..layer import matrix_of
+from ..weights import matrix_of
 from .base import Base, Method, Options, numbers, wrap_layers
 from .dense import MixedFactors, added_dtype, check_choice, check_range
 

@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from ..errors import ConfigError, UnsupportedError
-from ..layer import matrix_of
+from ..weights import matrix_of
 from .base import Base, Method, MethodLayer, Options, block_outputs, freeze, numbers, wrap_layers
 from .bottleneck import Adapter, AfterLayer, activation, seeded, size, width_of
 from .prefix import Prompt, Site, add_prefixes, linear, prefix_count, sites

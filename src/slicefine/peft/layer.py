@@ -1,4 +1,4 @@
-"""The PEFT face of a sliced layer: PEFT's names and promises over `slicefine.layer.SliceLinear`."""
+"""The PEFT face of a sliced layer: PEFT's names and promises over `slicefine.layer.SliceLayer`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..functional import write_block
-from ..layer import SliceLinear, is_transposed
+from ..layer import SliceLayer
 from ..schedule import Schedule
+from ..weights import is_transposed
 
 __all__ = ["SliceFineLinear"]
 
 
-class SliceFineLinear(SliceLinear, BaseTunerLayer):  # type: ignore[misc]
+# PEFT's "all-linear" finds layers that have adapters already by "Linear" in the name of their class
+class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer with SliceFine adapters, as PEFT's machinery expects it.
 
     The dense weight holds the active adapters' values and nothing else: disabled, unloaded or with another adapter

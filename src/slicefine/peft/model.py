@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
-from ..layer import SliceLinear, is_hidden, supports
+from ..layer import SliceLayer
 from ..mover import Mover, check_progress
 from ..schedule import Schedule
 from ..state import read_sample
 from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, weight_facts
 from ..tuner import shared_names, warn_about_clamped
+from ..weights import is_hidden, supports
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
 from .layer import SliceFineLinear
@@ -105,7 +106,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             )
 
     def _make_mover(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
-        layers: dict[str, SliceLinear] = dict(_sliced_layers(model, adapter_name))
+        layers: dict[str, SliceLayer] = dict(_sliced_layers(model, adapter_name))
         if layers:
             progress = check_progress(config.progress, "adapter_config.json")
             mover = Mover(adapter_name, layers, config.move_settings(), progress=progress)

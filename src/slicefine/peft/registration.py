@@ -13,7 +13,7 @@ from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from ..layer import SliceLinear
+from ..layer import SliceLayer
 
 __all__ = ["NAME", "install_trainer_callback", "register"]
 
@@ -47,7 +47,7 @@ def _count_active_entries() -> None:
     def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         trainable, total = count(self)
         for layer in self.modules():
-            if not isinstance(layer, SliceLinear):
+            if not isinstance(layer, SliceLayer):
                 continue
             for name, parameter in layer.slicefine_active.items():
                 total -= parameter.numel()
@@ -57,7 +57,7 @@ def _count_active_entries() -> None:
 
     def print_trainable_parameters(self: Any) -> None:
         show(self)
-        if any(isinstance(layer, SliceLinear) for layer in self.modules()):
+        if any(isinstance(layer, SliceLayer) for layer in self.modules()):
             print("added params: 0 (SliceFine trains slices of the base weights in place)")
 
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from ..charts import Chart, plain
 from ..errors import ConfigError, DataError
-from ..layer import supports
 from ..plots import save_chart
 from ..tasks.base import Prepared
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
 from ..tuner import match_layers
+from ..weights import supports
 from ..window import block_paths
 
 __all__ = [

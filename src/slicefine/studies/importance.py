@@ -20,8 +20,8 @@ from ..analysis.spectra import null_weight
 from ..charts import Chart, Line, Panel
 from ..energy import input_energy
 from ..errors import ConfigError, NumericalError
-from ..layer import matrix_of
 from ..training.counts import layer_kind
+from ..weights import matrix_of
 from .common import Opened, Result, StudySettings, open_model
 
 __all__ = ["CRITERIA", "Importance", "Settings", "block_scores", "layer_importance", "study"]

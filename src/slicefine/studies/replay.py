@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..analysis.collect import slice_function
 from ..errors import ConfigError, DataError, NumericalError
 from ..geometry import Slice
-from ..layer import supports
+from ..weights import supports
 from ..window import block_paths
 
 __all__ = ["Replay"]

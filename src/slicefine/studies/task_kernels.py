@@ -15,7 +15,7 @@ from ..analysis.kernels import kernel_alignment, kernel_distance, ntk, readout_n
 from ..charts import Chart, Line, Panel
 from ..errors import DataError, NumericalError
 from ..geometry import Slice
-from ..layer import supports
+from ..weights import supports
 from .common import Opened
 
 __all__ = ["Alignment", "Kernels", "alignment_chart", "measure_kernels", "readout_of"]

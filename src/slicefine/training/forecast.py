@@ -19,7 +19,7 @@ from torch import Tensor
 from ..bench.workload import enable_checkpointing, gradients_to_inputs, kept_bytes, state_bytes, timed_step
 from ..delta import expected_shapes
 from ..journal import Visit, history_count, visit_table
-from ..layer import SliceLinear
+from ..layer import SliceLayer
 from ..mover import Mover, movers_of
 from ..schedule import slice_at
 from .counts import layer_touched
@@ -91,7 +91,7 @@ def forecasts(
             yield _forecast(session, replace(settings, slice=chosen, method=method), inputs, largest, rounds)
 
 
-def planned_slices(layer: SliceLinear, name: str, moves: int) -> list[Visit]:
+def planned_slices(layer: SliceLayer, name: str, moves: int) -> list[Visit]:
     """The visits that a layer will have made after so many moves, one step each where it trains."""
     state = layer.states[name]
     visits: list[Visit] = []

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..analysis.importance import magnitude_mask, position_map, wanda_scores
 from ..energy import input_energy
-from ..layer import matrix_of
 from ..tasks.base import Loaded, Prepared
+from ..weights import matrix_of
 from .methods import ENERGY_BATCHES, train_batches
 from .settings import LotterySettings, TrainSettings
 
