@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from core_helpers import batches, losses, mlp, slice_mask, step
 from slicefine import attach
-from slicefine.reference import Listing1Linear, ReferenceSliceLayer, run
+from slicefine.reference import Listing1Linear, ReferenceSliceLinear, run
 from slicefine.schedule import Schedule
 
 STEPS, INTERVAL, REWARM = 200, 13, 5  # 15 moves: every layer's sweep goes around
@@ -49,7 +49,7 @@ def slow(schedule, dtype):
     layers = {}
     for name, module in list(model.named_children()):
         if isinstance(module, nn.Linear):
-            layers[name] = ReferenceSliceLayer(module, schedule, name)
+            layers[name] = ReferenceSliceLinear(module, schedule, name)
             setattr(model, name, layers[name])
     return model.requires_grad_(False), layers
 
@@ -178,7 +178,7 @@ def test_the_twin_starts_as_the_base_and_moving_changes_nothing(mode):
 @pytest.mark.parametrize("mode", SCHEDULES)
 def test_the_twins_forward_is_its_weights_product(mode):
     torch.manual_seed(0)
-    layer = ReferenceSliceLayer(nn.Linear(6, 9, dtype=torch.float64), SCHEDULES[mode])
+    layer = ReferenceSliceLinear(nn.Linear(6, 9, dtype=torch.float64), SCHEDULES[mode])
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     for _ in range(7):
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_the_twins_forward_is_its_weights_product(mode):
 
 def test_each_increment_counts_once():
     """Algorithm 1 as printed adds a finished increment to W0 and to dW and outputs their sum."""
-    layer = ReferenceSliceLayer(nn.Linear(2, 2, bias=False), Schedule("row", 1, 1))
+    layer = ReferenceSliceLinear(nn.Linear(2, 2, bias=False), Schedule("row", 1, 1))
     start = layer.full.clone()
     with torch.no_grad():
         layer.part_T.add_(1.0)

@@ -22,7 +22,7 @@ from slicefine.files.checkpoint import Checkpoint
 from slicefine.files.compose import compose
 from slicefine.geometry import Slice, covered
 from slicefine.mover import movers_of
-from slicefine.reference import ReferenceSliceLayer
+from slicefine.reference import ReferenceSliceLinear
 from slicefine.schedule import Schedule, own_starts, slice_at, slices_of_others
 from slicefine.training.counts import model_touched, touched_entries
 
@@ -140,7 +140,7 @@ def test_reserved_entries_stay_and_the_rest_equals_the_twin(mode, additive, poli
     twins = {}
     schedule = Schedule(mode, 2, 2, reserve=RESERVED)
     for name in RESERVED:
-        twins[name] = ReferenceSliceLayer(plain.get_submodule(name), schedule, name)
+        twins[name] = ReferenceSliceLinear(plain.get_submodule(name), schedule, name)
         setattr(plain, name, twins[name])
     mine = torch.optim.AdamW(tuner.parameters(), lr=0.05, weight_decay=decay)
     theirs = torch.optim.AdamW([twin.part_T for twin in twins.values()], lr=0.05, weight_decay=decay)

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from core_helpers import batches, mlp, slice_mask, step
 from slicefine import Slice, SliceFineConfig, attach, movers_of
 from slicefine.errors import ConfigError, OptimizerError
-from slicefine.reference import ReferenceSliceLayer
+from slicefine.reference import ReferenceSliceLinear
 from slicefine.schedule import Schedule, slice_at
 from slicefine.window import DWELLS, ORDERS, Place, Window, block_numbers
 
@@ -170,7 +170,7 @@ def reference_run(mode, window, interval, steps, decay):
     """The twin under a window: dense autograd, one optimizer, layers outside the window get no gradient."""
     model = mlp()
     schedule = Schedule(mode, 2, 2)
-    layers = {n: ReferenceSliceLayer(model[int(n)], schedule, n) for n in ("0", "2", "4")}
+    layers = {n: ReferenceSliceLinear(model[int(n)], schedule, n) for n in ("0", "2", "4")}
     for name, layer in layers.items():
         model[int(name)] = layer
     optimizer = torch.optim.AdamW([layer.part_T for layer in layers.values()], lr=0.05, weight_decay=decay)

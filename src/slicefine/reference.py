@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from .geometry import Slice, entry_indices
 from .schedule import Schedule, slice_at
 
-__all__ = ["Listing1Linear", "ReferenceSliceLayer", "run"]
+__all__ = ["Listing1Linear", "ReferenceSliceLinear", "run"]
 
 
-class ReferenceSliceLayer(nn.Module):
+class ReferenceSliceLinear(nn.Module):
     """A linear layer of three parts, of which the middle one is trained (Appendix L, Listing 1).
 
     ``W`` is ``(out, in)``; ``x`` is ``(..., in)``. Rows: ``y = cat(x A^T, x T^T, x B^T)``; columns:
@@ -39,7 +39,7 @@ class ReferenceSliceLayer(nn.Module):
             for a column slice. It is larger than the active block where one shape has to serve both orientations.
 
     Example:
-        >>> layer = ReferenceSliceLayer(nn.Linear(4, 6), Schedule(mode="row", row_rank=2))
+        >>> layer = ReferenceSliceLinear(nn.Linear(4, 6), Schedule(mode="row", row_rank=2))
         >>> layer.go_to(Slice("row", 4, 2))
         >>> layer(torch.ones(3, 4)).shape
         torch.Size([3, 6])
@@ -158,7 +158,7 @@ class Listing1Linear(nn.Module):
 
 
 def run(
-    layers: Mapping[str, ReferenceSliceLayer],
+    layers: Mapping[str, ReferenceSliceLinear],
     optimizer: torch.optim.Optimizer,
     losses: Iterable[Callable[[], Tensor]],
     interval: int,
@@ -198,7 +198,7 @@ def run(
                     optimizer.state.pop(layer.part_T, None)
 
 
-def _clear_padding(layer: ReferenceSliceLayer) -> None:
+def _clear_padding(layer: ReferenceSliceLinear) -> None:
     """Entries of ``part_T`` beyond the active block are not part of the model: they stay zero under every policy."""
     inside = torch.zeros_like(layer.part_T)
     if layer.active.axis == "entries":
