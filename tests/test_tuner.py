@@ -257,7 +257,9 @@ def test_target_modules(targets, exclude, expected):
 @pytest.mark.parametrize("targets", ["quer", ["uery"], ["norm"], []])
 def test_no_match_is_refused_with_examples(targets):
     model = Block()
-    with pytest.raises(ConfigError, match=r"target_modules=.* matches no nn.Linear .* for example \['attention.query'"):
+    with pytest.raises(
+        ConfigError, match=r"target_modules=.* matches no layer that can be trained .* for example \['attention.query'"
+    ):
         attach(model, target_modules=targets)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -326,10 +328,11 @@ def test_a_start_that_fits_nowhere_is_refused_before_its_turn():
         attach(mlp(), mode="row", r=1, positions=[0, 7], interval=1)
 
 
-def test_a_transformer_trains_all_linear_layers_that_are_called():
+def test_a_transformer_trains_all_linear_layers_and_its_packed_attention():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
     tuner = attach(model, r=2, interval=1)
-    assert list(tuner.layers) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    parts = ("self_attn", "self_attn.out_proj", "linear1", "linear2")
+    assert list(tuner.layers) == [f"layers.{i}.{part}" for i in (0, 1) for part in parts]
     model(torch.randn(2, 3, 8)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in tuner.parameters())
     model.eval()

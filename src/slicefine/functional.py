@@ -15,8 +15,20 @@ from torch.nn import functional as F
 
 from .errors import ContentError
 from .geometry import Slice, entry_indices
+from .weights import WeightKind, lines_of
 
-__all__ = ["BlockMatrix", "Content", "Matrix", "line_index", "read_block", "slice_linear", "track_slice", "write_block"]
+__all__ = [
+    "BlockMatrix",
+    "Content",
+    "Matrix",
+    "line_index",
+    "read_block",
+    "slice_linear",
+    "track_lookup",
+    "track_slice",
+    "track_weight",
+    "write_block",
+]
 
 
 class BlockMatrix(Protocol):
@@ -185,6 +197,131 @@ def keep_input(parameter: Tensor, x: Tensor, index: Tensor, axis: str) -> Tensor
 def track_kept(y: Tensor, kept: Tensor, axis: str, owner: Content | None, fixed: Tensor | None = None) -> Tensor:
     """As `track_slice`, with an input that `keep_input` kept."""
     result: Tensor = _TrackKept.apply(y, kept, axis, owner, fixed)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _TrackWeight(torch.autograd.Function):
+    """Identity on a whole weight whose backward takes the active block out of its gradient.
+
+    For layers whose output is no plain product: the weight's whole gradient exists for as long as one layer's backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        parameter: Tensor,
+        index: Tensor,
+        layout: str,
+        unit: int,
+        axis: str,
+        owner: Content | None,
+        fixed: Tensor | None,
+    ) -> Tensor:
+        ctx.layout, ctx.unit, ctx.axis = layout, unit, axis
+        ctx.owner, ctx.shape, ctx.dtype = owner, parameter.shape, parameter.dtype
+        ctx.content = None if owner is None else owner.content
+        ctx.save_for_backward(index, fixed)
+        return weight.view_as(weight) if torch.compiler.is_compiling() else weight.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_content(ctx.owner, ctx.content)
+        index, fixed = ctx.saved_tensors
+        lines = lines_of(grad, index, ctx.axis, ctx.layout, ctx.unit)
+        return None, _free(pad_block(lines, ctx.shape).to(ctx.dtype), fixed), None, None, None, None, None, None
+
+
+def track_weight(
+    weight: Tensor,
+    parameter: Tensor,
+    index: Tensor,
+    axis: str,
+    kind: WeightKind,
+    owner: Content | None,
+    fixed: Tensor | None = None,
+) -> Tensor:
+    """Return ``weight`` with the gradient of the active block attached to ``parameter``.
+
+    Args:
+        weight: a layer's whole frozen weight, of any shape; it already contains the block's values.
+        parameter: the persistent parameter; see `track_slice`, also for ``axis``, ``owner`` and ``fixed``.
+        index: lines of the active slice, int64.
+        kind: how the weight holds its matrix.
+
+    Raises:
+        ContentError: in backward, if the weight's content is not the forward's.
+    """
+    # a compiler traces strings and numbers, but no object of ours
+    result: Tensor = _TrackWeight.apply(  # type: ignore[no-untyped-call]
+        weight, parameter, index, kind.layout, kind.unit, axis, owner, fixed
+    )
+    return result
+
+
+class _TrackLookup(torch.autograd.Function):
+    """Identity on an embedding's output whose backward sums the gradient of the active tokens, or features, only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        tokens: Tensor,
+        parameter: Tensor,
+        index: Tensor,
+        axis: str,
+        size: int,
+        padding: int | None,
+        owner: Content | None,
+        fixed: Tensor | None,
+    ) -> Tensor:
+        ctx.axis, ctx.size, ctx.padding = axis, size, padding
+        ctx.owner, ctx.shape, ctx.dtype = owner, parameter.shape, parameter.dtype
+        ctx.content = None if owner is None else owner.content
+        ctx.save_for_backward(tokens, index, fixed)
+        return y.view_as(y) if torch.compiler.is_compiling() else y.data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_content(ctx.owner, ctx.content)
+        tokens, index, fixed = ctx.saved_tensors
+        if ctx.padding is not None:
+            grad = grad.masked_fill((tokens == ctx.padding).unsqueeze(-1), 0)
+        lines = lookup_gradient(grad, tokens, index, ctx.axis, ctx.size)
+        values = _free(pad_block(lines, ctx.shape).to(ctx.dtype), fixed)
+        return None, None, values, None, None, None, None, None, None
+
+
+def lookup_gradient(grad: Tensor, tokens: Tensor, index: Tensor, axis: str, size: int) -> Tensor:
+    """Gradient of a block of a table of ``size`` lines from the output gradient and the tokens, as lines."""
+    tokens, grad = tokens.reshape(-1), grad.reshape(-1, grad.shape[-1])
+    if axis == "row":
+        place = tokens - index[0]
+        place = torch.where((place >= 0) & (place < len(index)), place, len(index))  # the others' line is dropped
+        return grad.new_zeros(len(index) + 1, grad.shape[1]).index_add_(0, place, grad)[:-1]
+    if axis == "column":
+        part = grad.index_select(1, index)
+        return part.new_zeros(size, len(index)).index_add_(0, tokens, part).t()
+    whole = grad.new_zeros(size, grad.shape[1]).index_add_(0, tokens, grad)
+    return whole.reshape(-1).index_select(0, index).unsqueeze(0)
+
+
+def track_lookup(
+    y: Tensor,
+    tokens: Tensor,
+    parameter: Tensor,
+    index: Tensor,
+    axis: str,
+    table: torch.nn.Embedding,
+    owner: Content | None,
+    fixed: Tensor | None = None,
+) -> Tensor:
+    """As `track_slice`, of an embedding: ``y`` is ``(..., features)``, ``tokens`` are its indices ``(...)``."""
+    result: Tensor = _TrackLookup.apply(  # type: ignore[no-untyped-call]
+        y, tokens, parameter, index, axis, table.num_embeddings, table.padding_idx, owner, fixed
+    )
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .delta import KINDS
 from .errors import AdapterFileError, ConfigError, UnsupportedError
@@ -22,46 +23,60 @@ from .functional import (
     pad_block,
     read_block,
     track_kept,
+    track_lookup,
     track_slice,
+    track_weight,
     write_block,
 )
 from .geometry import Slice, covered, line_length
 from .initial import initial_block
 from .journal import visit_table
 from .packed import PackedDelta
-from .schedule import Schedule, check_positions, slice_at, slices_of_others
+from .schedule import Schedule, check_positions, slice_at, slices_of_others, widened
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
-from .weights import is_transposed, supports
+from .weights import TRAINABLE, Stack, kind_of
 from .window import Place
 
 __all__ = ["SliceLayer"]
 
 
 class SliceLayer(nn.Module):
-    """A linear layer of which one slice per adapter is trained in place.
+    """A layer of whose weight one slice per adapter is trained in place.
 
     The dense weight always holds what the forward needs: the values of the applied adapters, or the originals.
-    Forward runs the base layer itself; backward forms the active slice's gradient only.
+    Forward runs the base layer itself. Of a linear layer or an embedding, backward forms the active slice's gradient
+    only; of other kinds (`slicefine.weights`) the weight's gradient exists while this one layer's backward runs.
 
     Args:
-        base_layer: ``nn.Linear`` or transformers' ``Conv1D``; its weight is frozen here.
+        base_layer: the layer; its weight is frozen here.
+        parameter_name: the weight, where the layer has several; None means its own (`slicefine.weights.kind_of`).
         additive: never write to that weight: what slices change lies beside it and is added to the output. Slices
             then hold differences from the base, which start at zero.
     """
 
-    def __init__(self, base_layer: nn.Module, additive: bool = False) -> None:
-        super().__init__()
-        self._init_slices(base_layer, additive)
+    base_layer: nn.Module
 
-    def _init_slices(self, base_layer: nn.Module, additive: bool = False) -> None:
-        if not supports(base_layer):
+    def __init__(self, base_layer: nn.Module, additive: bool = False, parameter_name: str | None = None) -> None:
+        super().__init__()
+        self._init_slices(base_layer, additive, parameter_name)
+
+    def _init_slices(self, base_layer: nn.Module, additive: bool = False, parameter_name: str | None = None) -> None:
+        innermost: nn.Module = base_layer
+        self.depth = 0
+        while isinstance(innermost, SliceLayer):  # another of the layer's parameters has slices
+            innermost, self.depth = innermost.base_layer, self.depth + 1
+        kind = kind_of(innermost, parameter_name)
+        if kind is None or (additive and not kind.called):
             raise UnsupportedError(
-                f"SliceFine trains the floating-point matrix of nn.Linear and Conv1D layers, not {type(base_layer)}. "
-                "Leave the layer out of target_modules."
+                f"SliceFine trains the floating-point weight of {'linear' if additive else TRAINABLE} layers"
+                f"{' beside it (additive=True)' if additive else ''}, not {type(innermost)}"
+                f"{'' if parameter_name is None else f', parameter {parameter_name!r}'}. Leave it out of "
+                f"target_{'modules' if parameter_name is None else 'parameters'}."
             )
+        self.kind = kind
         self.base_layer = base_layer
-        cast(Tensor, base_layer.weight).requires_grad_(False)
+        self._base_weight.requires_grad_(False)
         weight = self._base_weight
         self.packed = PackedDelta(self.shape, weight.dtype, weight.device) if additive else None
         self.states: dict[str, AdapterState] = {}
@@ -69,15 +84,18 @@ class SliceLayer(nn.Module):
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
         self.arriving: dict[str, Tensor] = {}  # what the slices in that weight replaced, by adapter
         self.slicefine_active = nn.ParameterDict()
-        for kind in (*KINDS, BESIDE if additive else ORIGINALS):
-            setattr(self, f"slicefine_{kind}", AdapterTensors(self, kind))
+        for tensors in (*KINDS, BESIDE if additive else ORIGINALS):
+            setattr(self, f"slicefine_{tensors}", AdapterTensors(self, tensors))
         self.register_load_state_dict_post_hook(_sync_after_load)  # type: ignore[no-untyped-call]
 
     # -- the weight -----------------------------------------------------------------------------------------------
 
     @property
     def _base_weight(self) -> Tensor:
-        return cast(Tensor, self.base_layer.weight)
+        layer = self.base_layer
+        for _ in range(self.depth):
+            layer = cast(nn.Module, layer.base_layer)
+        return cast(Tensor, getattr(layer, self.kind.parameter))
 
     def dense(self) -> Matrix:
         """What slices are read from and written to: the weight as ``(out, in)``, or what lies beside it.
@@ -89,25 +107,24 @@ class SliceLayer(nn.Module):
         """
         return self._base_matrix() if self.packed is None else self.packed
 
-    def _base_matrix(self) -> Tensor:
-        weight = self._base_weight.data
-        return weight.t() if self.transposed else weight
+    def _base_matrix(self) -> Tensor | Stack:
+        matrix = self.kind.matrix(self._base_weight.data)
+        return Stack(matrix) if self.kind.stacked else matrix
 
     @property
     def transposed(self) -> bool:
         """Whether the base keeps its weight as ``(in, out)``."""
-        return is_transposed(self.base_layer)
+        return self.kind.layout == "transposed"
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, columns)`` = (output units, input features)."""
-        rows, columns = self._base_weight.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return self.kind.shape(self._base_weight)
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for models that look at it (its dtype, its device)."""
-        return self._base_weight
+        """The base layer's weight, for models that look at it (its dtype, its device), or use it without a call."""
+        return self._tracked_weight() if self.kind.layout == "hidden" else self._base_weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -146,6 +163,7 @@ class SliceLayer(nn.Module):
         """Create adapter ``name`` at its first position, not applied, with the base's own values."""
         if name in self.states:
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
+        schedule = self.fitted(schedule, layer_name)
         check_positions(schedule, self.shape, layer_name)
         state = AdapterState(schedule, layer_name, history)
         shape = schedule.block_shape(self.shape)
@@ -158,6 +176,19 @@ class SliceLayer(nn.Module):
             with self.reverted():
                 self.begin(name, slice_at(schedule, 0, self.shape, layer_name))
                 state.journal.revert(self.dense())
+
+    def fitted(self, schedule: Schedule, layer_name: str = "") -> Schedule:
+        """A schedule as it is for this layer, where ranks and starts of columns count input features.
+
+        Raises:
+            UnsupportedError: for a random mask of weights that lie in one piece per expert.
+        """
+        if self.kind.stacked and schedule.mode == "random_mask":
+            raise UnsupportedError(
+                f"{layer_name or self.label}: mode='random_mask' draws entries of one matrix, and these are the "
+                "weights of several experts. Use mode='row', 'column' or 'alternate'."
+            )
+        return schedule if self.kind.unit == 1 else widened(schedule, self.kind.unit, layer_name)
 
     def delete_slice(self, name: str) -> None:
         """Remove adapter ``name``; the weight is restored first if it was applied."""
@@ -216,7 +247,7 @@ class SliceLayer(nn.Module):
     def fold(self) -> None:
         """Add what lies beside the weight to it; rounding makes this final."""
         if self.packed is not None:
-            self.packed.add_to(self._base_matrix())
+            self.packed.add_to(cast(Tensor, self._base_matrix()))
             self.packed.clear()
 
     @contextmanager
@@ -278,6 +309,11 @@ class SliceLayer(nn.Module):
         """Raise `ConfigError` unless ``block`` lies inside the weight and fits adapter ``name``'s parameter."""
         where = self.states[name].layer_name or self.label
         block.check(self.shape, where)
+        if block.axis == "column" and (block.start % self.kind.unit or block.width % self.kind.unit):
+            raise ConfigError(
+                f"{where}: {self.kind.unit} columns of its weight belong to one input feature, and {block} does not "
+                "begin and end with one."
+            )
         lines = 1 if block.axis == "entries" else block.width
         length = block.width if block.axis == "entries" else line_length(block.axis, self.shape)
         fixed = self.fixed_lines(name, block)
@@ -388,7 +424,7 @@ class SliceLayer(nn.Module):
             if view is None:
                 return None
             # asked again: making a view may pack lines anew
-            state.views = ((self._place(), parameter.data_ptr()), view, self.block(name))
+            state.views = ((self._place(), parameter.data_ptr()), view, self.block(name).view(view.shape))
         return state.views[1], state.views[2]
 
     def _place(self) -> int:
@@ -396,7 +432,10 @@ class SliceLayer(nn.Module):
         return self._base_weight.data_ptr() if self.packed is None else self.packed.version
 
     def _view(self, block: Slice) -> Tensor | None:
-        return block_view(self._base_matrix(), block) if self.packed is None else self.packed.view(block)
+        if self.packed is not None:
+            return self.packed.view(block)
+        matrix = self._base_matrix()
+        return matrix.view(block) if isinstance(matrix, Stack) else block_view(matrix, block)
 
     def _in_sync(self, name: str) -> bool:
         state, parameter = self.states[name], self.slicefine_active[name]
@@ -486,7 +525,7 @@ class SliceLayer(nn.Module):
                 f"{self.label}: the state dict's slices {'are differences' if beside else 'are values'}, and this "
                 f"layer's {'are values' if beside else 'are differences'}; attach with additive={beside}."
             )
-        if sliced and f"{prefix}base_layer.weight" in state_dict:
+        if sliced and f"{prefix}{'base_layer.' * (self.depth + 1)}{self.kind.parameter}" in state_dict:
             names = self.applied if self.requested is None else self.requested
             self.apply_only([])
             self.requested = names
@@ -514,38 +553,95 @@ class SliceLayer(nn.Module):
                 state.synced = (id(self.slicefine_active[name]), self.slicefine_active[name]._version)
         return self
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
+        if not self.kind.called:
+            return self._forward_of_other_kinds(args, kwargs)
+        x: Tensor = args[0]
         compiling = torch.compiler.is_compiling()
         names = self.applied if compiling else self._checked()
-        gradients = torch.is_grad_enabled()
-        active = [name for name in names if not self.states[name].idle] if gradients else []
-        parameters = {name: self.slicefine_active[name] for name in active}
-        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        trained = self._trained(names)
         kept = None
         if trained and len(names) == 1 and not compiling:
             state = self.states[trained[0]]
-            kept = keep_input(parameters[trained[0]], x, state.index, state.axis)
-        y: Tensor = self.base_layer(x, *args, **kwargs)
+            kept = keep_input(self.slicefine_active[trained[0]], x, state.index, state.axis)
+        y: Tensor = self.base_layer(*args, **kwargs)
         if self.packed is not None and names:
             y = self.packed.add_product(x, y)
-        if not gradients:
-            return y
         if not trained:
-            if not y.requires_grad or compiling:
-                return y
-            for name in names:
-                if self.states[name].below and self.slicefine_active[name].requires_grad:
-                    _warn_below(self.states[name])
-            return guard_content(y, self)
+            return self._guarded(y, names)
+        parameter = self.slicefine_active[trained[0]]
         if len(names) > 1:
-            refused = _RefuseBackward.apply(y, parameters[trained[0]], self.label)  # type: ignore[no-untyped-call]
-            return cast(Tensor, refused)
+            return self._refused(y, parameter)
         state = self.states[trained[0]]
         if kept is not None:
             return track_kept(y, kept, state.axis, self, state.fixed)
-        owner = None if compiling else self
-        return track_slice(y, x, parameters[trained[0]], state.index, state.axis, owner, state.fixed)
+        return track_slice(y, x, parameter, state.index, state.axis, None if compiling else self, state.fixed)
+
+    def _trained(self, names: list[str]) -> list[str]:
+        """Which of the applied adapters want a gradient now."""
+        if not torch.is_grad_enabled():
+            return []
+        return [name for name in names if not self.states[name].idle and self.slicefine_active[name].requires_grad]
+
+    def _guarded(self, y: Any, names: list[str]) -> Any:
+        """An output that no slice is attached to: its input gradient still needs the forward's weight."""
+        first = y[0] if isinstance(y, tuple) and y else y
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not getattr(first, "requires_grad", False):
+            return y
+        for name in names:
+            if self.states[name].below and self.slicefine_active[name].requires_grad:
+                _warn_below(self.states[name])
+        guarded = guard_content(first, self)
+        return (guarded, *y[1:]) if first is not y else guarded
+
+    def _refused(self, y: Tensor, parameter: Tensor) -> Tensor:
+        refused = _RefuseBackward.apply(y, parameter, self.label)  # type: ignore[no-untyped-call]
+        return cast(Tensor, refused)
+
+    def _forward_of_other_kinds(self, args: Any, kwargs: Any) -> Any:
+        """As `forward`, of layers whose output is not their input times a matrix."""
+        if self.kind.layout == "hidden":  # whoever reads `weight` gets the slice's gradient with it
+            return self.base_layer(*args, **kwargs)
+        names = self.applied if torch.compiler.is_compiling() else self._checked()
+        trained = self._trained(names)
+        if not trained:
+            return self._guarded(self.base_layer(*args, **kwargs), names)
+        if type(self.base_layer) is nn.Embedding and len(names) == 1:
+            return self._track_lookup(trained[0], self.base_layer, args[0])
+        name = f"{'base_layer.' * self.depth}{self.kind.parameter}"
+        return functional_call(self.base_layer, {name: self._tracked(names, trained[0])}, args, kwargs)
+
+    def _track_lookup(self, name: str, table: nn.Embedding, tokens: Tensor) -> Tensor:
+        state = self.states[name]
+        owner = None if torch.compiler.is_compiling() else self
+        y: Tensor = table(tokens)
+        return track_lookup(y, tokens, self.slicefine_active[name], state.index, state.axis, table, owner, state.fixed)
+
+    def _tracked_weight(self) -> Tensor:
+        """The base weight with the active slice's gradient attached, where one is wanted."""
+        if not torch.is_grad_enabled() or not self.states:
+            return self._base_weight
+        names = self.applied if torch.compiler.is_compiling() else self._checked()
+        trained = self._trained(names)
+        return self._tracked(names, trained[0]) if trained else self._base_weight
+
+    def _tracked(self, names: list[str], trained: str) -> Tensor:
+        state, parameter = self.states[trained], self.slicefine_active[trained]
+        if len(names) > 1:
+            return self._refused(self._base_weight, parameter)
+        owner = None if torch.compiler.is_compiling() else self
+        return track_weight(self._base_weight, parameter, state.index, state.axis, self.kind, owner, state.fixed)
+
+    def __getattr__(self, name: str) -> Any:
+        """What this layer has not is the base layer's: models look at their layers' attributes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base_layer")
+            if base is None:
+                raise
+            return getattr(base, name)
 
     def _checked(self) -> list[str]:
         """The applied adapters, once the weight holds what they ask for."""

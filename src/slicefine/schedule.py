@@ -30,6 +30,7 @@ __all__ = [
     "slices_of_others",
     "plan_moves",
     "slice_at",
+    "widened",
     "wrap_visit",
 ]
 
@@ -165,6 +166,22 @@ class Schedule:
         if self.mask_fraction is None:
             return min(self.row_rank * shape[1], total)
         return max(1, round(self.mask_fraction * total))
+
+
+def widened(schedule: Schedule, unit: int, layer: str = "") -> Schedule:
+    """The schedule of a layer in whose matrix ``unit`` columns belong to one input feature.
+
+    Ranks and starts of columns count features in the settings, and columns in what comes out.
+
+    Example:
+        >>> slice_at(widened(Schedule("column", column_rank=2), 9), 1, (8, 27))
+        Slice(axis='column', start=9, width=18)
+    """
+    positions = schedule.positions
+    if not isinstance(positions, str) and not callable(positions):
+        own = positions.get(layer, {}) if isinstance(positions, Mapping) else dict.fromkeys(AXES[:2], positions)
+        positions = {layer: {a: [s * unit if a == "column" else s for s in starts] for a, starts in own.items()}}
+    return replace(schedule, column_rank=schedule.column_rank * unit, positions=positions)
 
 
 def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str = "") -> Slice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from .errors import AdapterFileError
 from .functional import Matrix, read_block, write_block
 from .geometry import Slice, line_length
 from .journal import read_table
+from .packed import PackedDelta
 from .schedule import slice_at
 from .state import AdapterState, SampledEntry, base_sample, same_base
+from .weights import WeightKind
 
 __all__ = [
     "BESIDE",
@@ -27,6 +29,7 @@ __all__ = [
     "install",
     "load_tensors",
     "take_out_arrived",
+    "tensor_name",
     "weight_facts",
 ]
 
@@ -42,6 +45,7 @@ class Holder(Protocol):
     slicefine_active: nn.ParameterDict
     requested: list[str] | None
     arriving: dict[str, Tensor]
+    kind: WeightKind
 
     @property
     def applied(self) -> list[str]: ...
@@ -52,7 +56,7 @@ class Holder(Protocol):
     @property
     def transposed(self) -> bool: ...
     @property
-    def weight(self) -> Tensor: ...
+    def _base_weight(self) -> Tensor: ...
     def dense(self) -> Matrix: ...
     def reverted(self) -> AbstractContextManager[Matrix]: ...
     def apply_only(self, names: Sequence[str]) -> None: ...
@@ -122,11 +126,26 @@ def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
     else:
         with layer.reverted() as weight:
             values = read_block(weight, block)
-    facts = {"shape": list(layer.shape), "transposed": layer.transposed}
+    facts: dict[str, Any] = {"shape": list(layer.shape), "transposed": layer.transposed}
+    if not layer.kind.called:
+        facts |= {
+            "layout": layer.kind.layout,
+            "tensor": tensor_name(layer.states[name].layer_name, layer.kind.parameter),
+        }
     if block.axis != "entries":
         fixed = layer.fixed_lines(name, block)
         facts["sample"] = [list(entry) for entry in base_sample(values, block, fixed)]
     return facts | {"dtype": str(values.dtype).removeprefix("torch.")}
+
+
+def tensor_name(layer_name: str, parameter: str) -> str:
+    """A weight's full name: slices of a single parameter are named like it, those of a layer like the layer.
+
+    Example:
+        >>> tensor_name("attention", "in_proj_weight"), tensor_name("mlp.experts.down_proj", "down_proj")
+        ('attention.in_proj_weight', 'mlp.experts.down_proj')
+    """
+    return layer_name if layer_name.rpartition(".")[2] == parameter else f"{layer_name}.{parameter}"
 
 
 def _state_tensor(layer: Holder, name: str, kind: str) -> Tensor | None:
@@ -178,7 +197,7 @@ def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
         )
     unpack(tensors, active, layer.shape, layer.label)
     sample = layer.states[name].sample
-    if not layer.weight.is_meta:
+    if not layer._base_weight.is_meta:
         with layer.reverted():
             _check_base(layer, sample)
 
@@ -186,7 +205,7 @@ def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
 def load_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
     """Install a file's tensors, ``active`` among them, in one go, or refuse them before anything changes."""
     check_tensors(layer, name, tensors)
-    device = layer.weight.device
+    device = layer._base_weight.device
     for kind in KINDS:
         if kind in tensors:
             _stage(layer, name, kind, tensors[kind].to(device))
@@ -212,7 +231,7 @@ def install(layer: Holder, name: str) -> None:
         raise
     state.journal.load(table, values, tensors.get("before"))
     layer.aim(name)
-    half = parameter.dtype != layer.weight.dtype  # then the weight cannot tell the master's values
+    half = parameter.dtype != layer._base_weight.dtype  # then the weight cannot tell the master's values
     state.previous = parameter.detach().clone() if half else None
     layer.mark_synced(name)
     layer.apply_only(names)
@@ -222,7 +241,7 @@ def take_out_arrived(layer: Holder) -> None:
     """Restore what the slices of a loaded weight replaced; their journal, still staged, says where they are."""
     arrived, layer.arriving = layer.arriving, {}
     for name, values in arrived.items():
-        if layer.weight.is_meta or layer.requested is None or "journal" not in layer.states[name].staged:
+        if layer._base_weight.is_meta or layer.requested is None or "journal" not in layer.states[name].staged:
             continue
         visits = read_table(layer.states[name].staged["journal"])
         blocks = list(dict.fromkeys(visit.slice for visit in visits))
@@ -248,10 +267,10 @@ def _check_base(layer: Holder, sample: list[SampledEntry]) -> None:
     Precisions may differ: values are compared with the tolerance of bfloat16.
     """
     weight = layer.dense()
-    if not sample or not isinstance(weight, Tensor):  # what lies beside a weight fits any
+    if not sample or isinstance(weight, PackedDelta):  # what lies beside a weight fits any
         return
     rows, columns = [entry.row for entry in sample], [entry.column for entry in sample]
-    found = [float(value) for value in weight[rows, columns].tolist()]
+    found = [float(value) for value in cast(Tensor, weight)[rows, columns].tolist()]
     if not same_base(sample, found):
         raise AdapterFileError(
             f"{layer.label}: its weight is not the one that the adapter was trained on (it has {found[0]:.6g} at row "

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from .layer import SliceLayer
 from .mover import Mover, MoveSettings, check_progress
 from .schedule import Positions, Schedule
 from .transfer import check_tensors, file_tensors, load_tensors
-from .weights import supports
+from .weights import TRAINABLE, kind_of, supports
 from .window import make_window, places
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "attach",
     "linear_names",
     "match_layers",
+    "match_parameters",
     "matches",
     "share_visits",
     "shared_names",
@@ -97,10 +98,13 @@ class SliceTuner:
         Args:
             merge: keep the trained values in the weights.
         """
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             layer.apply_only([_NAME] if merge else [])
             layer.fold()
-            _set_module(self.model, name, layer.base_layer)
+        own = {id(layer) for layer in self.layers.values()}
+        for name, module in reversed(list(self.model.named_modules())):  # what lies inside comes out first
+            if id(module) in own:
+                _set_module(self.model, name, cast(SliceLayer, module).base_layer)
         self.mover.layers = {}
         self.layers = {}
         return self.model
@@ -160,6 +164,7 @@ def attach(
     *,
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] = (),
+    target_parameters: Sequence[str] = (),
     r: int = 12,
     mode: str = "alternate",
     r_row: int | None = None,
@@ -181,9 +186,13 @@ def attach(
     """Train one slice of each chosen layer of any model, in place.
 
     Args:
-        model: changed in place: chosen ``nn.Linear`` and ``Conv1D`` layers are wrapped, everything is frozen.
-        target_modules: ``"all-linear"``, a regular expression for the full name, or name endings.
+        model: changed in place: chosen layers are wrapped, everything is frozen.
+        target_modules: ``"all-linear"`` (``nn.Linear``, ``Conv1D``, and both projections of ``nn.MultiheadAttention``),
+            a regular expression for the full name, or name endings. Embeddings and convolutions are trained if named.
         exclude_modules: names to leave out, in the same notation.
+        target_parameters: endings of the names of single parameters, such as the weights of experts that are stored in
+            one piece (experts, out, in): ``["experts.down_proj"]``. They come on top of ``target_modules``; give
+            ``target_modules=[]`` for them alone.
         r, r_row, r_column: slice rank; one per orientation if given.
         mode: ``"row"``, ``"column"``, ``"alternate"`` or ``"random_mask"``.
         positions: see `Schedule`.
@@ -220,7 +229,9 @@ def attach(
         raise ConfigError("attach: the model has slices already; unload them first.")
     if additive and mode == "random_mask":
         raise ConfigError("attach: mode='random_mask' trains scattered entries in place; it cannot be additive.")
-    names = match_layers(model, target_modules, exclude_modules)
+    names = match_layers(model, target_modules, exclude_modules) if target_modules or not target_parameters else []
+    parameters = match_parameters(model, target_parameters, exclude_modules, names)
+    names += parameters
     if settings.window is not None:
         places(settings.window, names)  # refused before anything changes
     if schedule.reserve and set(schedule.reserve).isdisjoint(names):
@@ -228,18 +239,21 @@ def attach(
             f"attach: reserve= speaks of {next(iter(schedule.reserve))!r}, ..., and none of its layers is trained here "
             f"({names[0]}, ...)."
         )
-    layers = {}
+    layers: dict[str, SliceLayer] = {}
+    inside: dict[str, SliceLayer] = {}  # by the module's place: several parameters of one module lie one in another
     clamped: dict[str, int] = {}
     for name in names:
-        layers[name] = SliceLayer(model.get_submodule(name), additive)
-        found = schedule.clamped(layers[name].shape)
+        path, parameter = (name.rpartition(".")[0], name.rpartition(".")[2]) if name in parameters else (name, None)
+        layers[name] = SliceLayer(inside.get(path, model.get_submodule(path)), additive, parameter)
+        inside[path] = layers[name]
+        found = layers[name].fitted(schedule, name).clamped(layers[name].shape)
         clamped |= {} if found is None else {name: found[1]}
         layers[name].add_slice(_NAME, schedule, name, history)
         layers[name].apply_only([_NAME])
     if not train_rest:
         model.requires_grad_(False)
-    for name, layer in layers.items():
-        _set_module(model, name, layer)
+    for path, layer in inside.items():
+        _set_module(model, path, layer)
     warn_about_clamped(clamped)
     mover = Mover(_NAME, layers, settings)
     if settings.total_steps is not None:
@@ -256,25 +270,70 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
         ConfigError: if nothing matches, or if a weight is shared with another layer.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)() if targets == "all-linear" else None
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name and supports(module) and matches(name, targets) and not (exclude and matches(name, exclude))
-        if module is not output
-    ]
-    if not names:
-        some = [n for n, m in model.named_modules() if supports(m)][:5]
+    kinds = {name: kind_of(module) for name, module in model.named_modules() if name and module is not output}
+    linear = ("linear", "transposed", "hidden", "packed")
+    found = {
+        name: kind.parameter
+        for name, kind in kinds.items()
+        if kind is not None and (targets != "all-linear" or kind.layout in linear)
+        if matches(name, targets) and not (exclude and matches(name, exclude))
+    }
+    if not found:
+        some = [name for name, kind in kinds.items() if kind is not None][:5]
         raise ConfigError(
-            f"target_modules={targets!r} matches no nn.Linear or Conv1D layer; this model has for example {some}."
+            f"target_modules={targets!r} matches no layer that can be trained ({TRAINABLE}); this model has for "
+            f"example {some}."
         )
-    for name in names:
-        sharing = shared_names(model, model.get_submodule(name).weight)
-        if len(sharing) > 1:
-            raise ConfigError(
-                f"{name}: its weight is tied to {', '.join(n for n in sharing if n != f'{name}.weight')}; training a "
-                "slice of it would change both. Exclude the layer, or untie the weights first."
-            )
-    return names
+    for name, parameter in found.items():
+        _check_tied(model, f"{name}.{parameter}")
+    return list(found)
+
+
+def match_parameters(
+    model: nn.Module, targets: Sequence[str], exclude: str | Sequence[str] = (), layers: Sequence[str] = ()
+) -> list[str]:
+    """Full names of the parameters with two or three dimensions that end as ``targets`` say.
+
+    Args:
+        model: the model.
+        targets: endings of names.
+        exclude: modules to leave out.
+        layers: layers that are trained anyway.
+
+    Raises:
+        ConfigError: if one of them matches nothing, is shared, or belongs to one of ``layers``.
+    """
+    found = []
+    for name, _ in model.named_parameters():
+        path, _, parameter = name.rpartition(".")
+        if path and targets and matches(name, targets) and not (exclude and matches(path, exclude)):
+            if kind_of(model.get_submodule(path), parameter) is None:
+                raise ConfigError(f"target_parameters: {name} is no floating-point weight of 2 or 3 dimensions.")
+            _check_tied(model, name)
+            found.append(name)
+    twice = next((name for name in found if name.rpartition(".")[0] in layers and _is_own(model, name)), None)
+    if twice is not None:
+        raise ConfigError(f"target_parameters: {twice} is trained by target_modules already; leave it out of one.")
+    missing = [target for target in targets if not any(matches(name, [target]) for name in found)]
+    if missing:
+        raise ConfigError(f"target_parameters: {missing[0]!r} matches no parameter of the model; give full endings.")
+    return found
+
+
+def _is_own(model: nn.Module, parameter: str) -> bool:
+    path, _, name = parameter.rpartition(".")
+    kind = kind_of(model.get_submodule(path))
+    return kind is not None and kind.parameter == name
+
+
+def _check_tied(model: nn.Module, parameter: str) -> None:
+    sharing = shared_names(model, model.get_parameter(parameter))
+    if len(sharing) > 1:
+        raise ConfigError(
+            f"{parameter.removesuffix('.weight')}: its weight is tied to "
+            f"{', '.join(n for n in sharing if n != parameter)}; training a slice of it would change both. Exclude the "
+            "layer, or untie the weights first."
+        )
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -315,8 +374,11 @@ def warn_about_clamped(clamped: dict[str, int]) -> None:
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    while isinstance(parent, SliceLayer) and child != "base_layer":  # an attention module's own projection lies in it
+        parent = parent.base_layer
+    setattr(parent, child, module)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

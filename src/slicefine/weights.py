@@ -2,10 +2,202 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-__all__ = ["is_hidden", "is_transposed", "matrix_of", "supports"]
+from .errors import UnsupportedError
+from .geometry import Slice
+
+__all__ = [
+    "TRAINABLE",
+    "Stack",
+    "WeightKind",
+    "is_hidden",
+    "is_transposed",
+    "kind_of",
+    "lines_of",
+    "matrix_of",
+    "supports",
+]
+
+TRAINABLE = "nn.Linear, Conv1D, nn.MultiheadAttention, nn.Embedding and convolution"
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class WeightKind:
+    """How a layer holds the matrix that slices are taken from.
+
+    Attributes:
+        layout: ``"linear"`` (out, in); ``"transposed"`` (in, out); ``"hidden"``: linear, but used without a call of the
+            layer; ``"embedding"`` (tokens, features); ``"convolution"`` (out, in, kernel...); ``"packed"``: several
+            projections one above the other; ``"stack"`` (experts, out, in) and ``"stack transposed"``
+            (experts, in, out).
+        parameter: the weight's name in the layer.
+        unit: columns that belong to one input feature: a convolution's kernel, or one per expert. Ranks of column
+            slices count input features.
+    """
+
+    layout: str
+    parameter: str = "weight"
+    unit: int = 1
+
+    @property
+    def called(self) -> bool:
+        """Whether the layer's output is its input times the matrix, so that a slice's gradient follows from both."""
+        return self.layout in ("linear", "transposed")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the matrix is spread over experts."""
+        return self.layout.startswith("stack")
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as a matrix or, of experts, as ``(rows, features, experts)``; it shares the weight's storage."""
+        return _matrix(weight, self.layout)
+
+    def shape(self, weight: Tensor) -> tuple[int, int]:
+        """``(rows, columns)`` of the matrix."""
+        rows, *rest = self.matrix(weight).shape
+        return rows, torch.Size(rest).numel()
+
+    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """A ``(rows, columns)`` matrix in the weight's own shape."""
+        if self.layout == "transposed":
+            return matrix.t().contiguous()
+        if self.layout == "convolution":
+            return matrix.reshape(weight.shape)
+        if not self.stacked:
+            return matrix
+        whole = matrix.reshape(len(matrix), -1, self.unit)  # rows, features, experts
+        return whole.permute(2, 0, 1).contiguous() if self.layout == "stack" else whole.permute(2, 1, 0).contiguous()
+
+
+def _matrix(weight: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return weight.t()
+    if layout == "convolution":
+        return weight.flatten(1)
+    if layout == "stack":
+        return weight.permute(1, 2, 0)
+    return weight.permute(2, 1, 0) if layout == "stack transposed" else weight
+
+
+def lines_of(weight: Tensor, index: Tensor, axis: str, layout: str, unit: int) -> Tensor:
+    """A slice's lines out of a tensor shaped like a layer's weight, such as its gradient.
+
+    Args:
+        weight: shaped like the layer's weight.
+        index: the slice's rows, columns or flat entries, int64.
+        axis: ``"row"``, ``"column"`` or ``"entries"``.
+        layout, unit: see `WeightKind`.
+    """
+    matrix = _matrix(weight, layout)
+    if axis == "row":
+        return matrix.index_select(0, index).flatten(1)
+    if axis == "entries":
+        return matrix.reshape(-1).index_select(0, index).unsqueeze(0)
+    if matrix.dim() == 2:
+        return matrix.index_select(1, index).t()
+    return matrix.index_select(1, index[::unit] // unit).permute(1, 2, 0).flatten(0, 1)
+
+
+class Stack:
+    """The matrix of a weight stacked over experts, read and written block by block; see `WeightKind`.
+
+    Column ``feature * experts + expert`` is that input feature of that expert, so that a row slice has the same output
+    units of all experts, and a column slice the same input features.
+
+    Args:
+        stack: ``(rows, features, experts)``, sharing the weight's storage.
+    """
+
+    def __init__(self, stack: Tensor) -> None:
+        self._stack = stack
+        rows, features, self.experts = stack.shape
+        self.shape = torch.Size((rows, features * self.experts))
+        self.dtype, self.device = stack.dtype, stack.device
+
+    def view(self, block: Slice) -> Tensor:
+        """The block's place in the weight, as ``(width, features, experts)`` or ``(features, experts, rows)``.
+
+        Raises:
+            UnsupportedError: for a random mask.
+        """
+        if block.axis == "row":
+            return self._stack.narrow(0, block.start, block.width)
+        if block.axis == "entries":
+            raise UnsupportedError(
+                "mode='random_mask' draws entries of a matrix; experts' weights train by slices only."
+            )
+        first, count = block.start // self.experts, block.width // self.experts
+        return self._stack.narrow(1, first, count).permute(1, 2, 0)
+
+    def __getitem__(self, at: tuple[list[int], list[int]]) -> Tensor:
+        """Single entries, by their rows and columns."""
+        rows, columns = at[0], torch.tensor(at[1])
+        return self._stack[rows, columns // self.experts, columns % self.experts]
+
+    def read(self, block: Slice) -> Tensor:
+        """Copy of a block's values as lines."""
+        start = 1 if block.axis == "row" else 0
+        return self.view(block).clone(memory_format=torch.contiguous_format).flatten(start, start + 1)
+
+    def write(self, block: Slice, values: Tensor) -> None:
+        """Overwrite a block with ``values`` (lines), converted to the weight's dtype."""
+        view = self.view(block)
+        view.copy_(values.reshape(view.shape))
+
+
+def kind_of(layer: nn.Module, parameter: str | None = None) -> WeightKind | None:
+    """How a layer holds its weight; None if it has none that can be trained.
+
+    Args:
+        layer: any module.
+        parameter: name of one of its parameters with two or three dimensions; None means the layer's own weight.
+
+    Example:
+        >>> kind_of(nn.Conv2d(3, 8, 3))
+        WeightKind(layout='convolution', parameter='weight', unit=9)
+    """
+    if parameter is not None:
+        return _kind_of_parameter(layer, parameter)
+    if not _is_plain(getattr(layer, "weight", None)) and not isinstance(layer, nn.MultiheadAttention):
+        return None
+    if is_transposed(layer):
+        return WeightKind("transposed")
+    if isinstance(layer, nn.Linear):
+        return WeightKind("hidden" if is_hidden(layer) else "linear")
+    if isinstance(layer, _CONVOLUTIONS):
+        return WeightKind("convolution", unit=layer.weight[0, 0].numel())
+    if isinstance(layer, nn.Embedding):
+        # the two options look at all of the weight, or change it, in each forward
+        return None if layer.max_norm is not None or layer.scale_grad_by_freq else WeightKind("embedding")
+    if isinstance(layer, nn.MultiheadAttention) and _is_plain(layer.in_proj_weight):
+        return WeightKind("packed", "in_proj_weight")
+    return None
+
+
+def _kind_of_parameter(layer: nn.Module, parameter: str) -> WeightKind | None:
+    weight = layer._parameters.get(parameter)
+    if not _is_plain(weight) or weight is None:
+        return None
+    own = kind_of(layer)
+    if own is not None and own.parameter == parameter:
+        return own
+    if weight.dim() == 3:
+        # transformers says so where its experts multiply from the other side
+        layout = "stack transposed" if getattr(layer, "is_transposed", False) else "stack"
+        return WeightKind(layout, parameter, unit=weight.shape[0])
+    return WeightKind("packed", parameter) if weight.dim() == 2 else None
+
+
+def _is_plain(weight: object) -> bool:
+    # a parametrised weight (weight norm, pruning) is computed anew by each forward: it is not a parameter
+    return isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() >= 2
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -15,10 +207,8 @@ def is_transposed(layer: nn.Module) -> bool:
 
 def supports(layer: nn.Module) -> bool:
     """Whether a layer is a dense linear map with a floating-point matrix that can be trained in place."""
-    weight = getattr(layer, "weight", None)
-    linear = (isinstance(layer, nn.Linear) and not is_hidden(layer)) or is_transposed(layer)
-    # a parametrised weight (weight norm, pruning) is computed anew by each forward: it is not a parameter
-    return linear and isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
+    kind = kind_of(layer)
+    return kind is not None and kind.called
 
 
 def matrix_of(layer: nn.Module) -> Tensor:

@@ -78,6 +78,8 @@ class SliceFineConfig(PeftConfig):
         target_modules: names, a regular expression, ``"all-linear"``, or None for the architecture's default
             (all linear layers but the head, as in the paper).
         exclude_modules: names or a regular expression of modules to leave out.
+        target_parameters: names of single parameters, such as the weights of experts that are stored in one piece
+            (``"experts.down_proj"``): a row slice has the same output units of all experts.
         layers_to_transform, layers_pattern: restrict to layers by index, as in LoRA.
         rank_pattern: ``{name or regular expression: rank}`` for single layers.
         modules_to_save: modules that are trained and saved in full, such as a new head.
@@ -115,6 +117,7 @@ class SliceFineConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the first slice (for tests)."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to train."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Layers to leave out."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Single parameters to train."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank of single layers."})

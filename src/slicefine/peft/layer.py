@@ -12,9 +12,8 @@ from ..errors import UnsupportedError
 from ..functional import write_block
 from ..layer import SliceLayer
 from ..schedule import Schedule
-from ..weights import is_transposed
 
-__all__ = ["SliceFineLinear"]
+__all__ = ["ParamWrapper", "SliceFineLinear"]
 
 
 # PEFT's "all-linear" finds layers that have adapters already by "Linear" in the name of their class
@@ -28,9 +27,9 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
     adapter_layer_names = ("slicefine_active",)
     other_param_names = ("states",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str | None = None) -> None:
         nn.Module.__init__(self)
-        self._init_slices(base_layer)
+        self._init_slices(base_layer, parameter_name=parameter_name)
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -105,7 +104,14 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         # an active adapter that was not asked for leaves with the wrapper
         self.apply_only(self.merged_adapters if merge else [])
-        return self.get_base_layer()  # type: ignore[no-any-return]
+        if isinstance(self.base_layer, SliceFineLinear):
+            return self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        for name, child in self.base_layer.named_children():  # an attention module's own projection: PEFT lost its path
+            if isinstance(child, SliceFineLinear):
+                setattr(
+                    self.base_layer, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                )
+        return self.base_layer
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense ``trained - original`` of one adapter, shaped like the base layer's weight."""
@@ -116,10 +122,10 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
                 from ..functional import read_block
 
                 write_block(delta, block, read_block(delta, block) + values)
-        return delta.t().contiguous() if is_transposed(self.get_base_layer()) else delta
+        return self.kind.like_weight(delta, self._base_weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return self.kind.called
 
     # -- PEFT's casts and moves -----------------------------------------------------------------------------------
 
@@ -131,16 +137,23 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             self.slicefine_active[adapter_name] = parameter.to(target)
         self.settle(adapter_name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("adapter_names", None) is not None:
             raise UnsupportedError(
                 "SliceFine: one batch with several adapters (adapter_names=...) is not possible, since all adapters "
                 "share the dense weight. Run one batch per adapter with set_adapter, which is cheap."
             )
         if self.disable_adapters or self.merged:
-            result: Tensor = self.base_layer(x, *args, **kwargs)
-            return result
-        return super().forward(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def __repr__(self) -> str:
         return "slicefine." + super().__repr__()
+
+
+class ParamWrapper(SliceFineLinear):
+    """A module with slices of one of its parameters (``target_parameters``); PEFT knows such wrappers by this name."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str) -> None:
+        super().__init__(base_layer, adapter_name, parameter_name)
+        self.parameter_name = parameter_name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,12 +19,12 @@ from ..layer import SliceLayer
 from ..mover import Mover, check_progress
 from ..schedule import Schedule
 from ..state import read_sample
-from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, weight_facts
+from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, tensor_name, weight_facts
 from ..tuner import shared_names, warn_about_clamped
-from ..weights import is_hidden, supports
+from ..weights import TRAINABLE, kind_of
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
-from .layer import SliceFineLinear
+from .layer import ParamWrapper, SliceFineLinear
 from .registration import install_trainer_callback
 
 __all__ = ["SliceFineModel"]
@@ -61,11 +60,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if next(_sliced_layers(model, adapter_name), None) is not None:
             raise ConfigError(f"adapter {adapter_name!r} exists already; delete it first or choose another name.")
         self._clamped: dict[str, int] = {}
-        self._hidden: list[str] = []
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._report_hidden(none_left=next(_sliced_layers(model, adapter_name), None) is None)
             self._check_reserve(model, adapter_name, config)
             self._make_mover(model, adapter_name, config)
         except Exception:
@@ -74,18 +71,6 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 parameter.requires_grad_(True)
             raise
         warn_about_clamped(self._clamped)
-
-    def _report_hidden(self, none_left: bool) -> None:
-        """Say which layers are left out because nn.MultiheadAttention uses their weight without calling them."""
-        if not self._hidden:
-            return
-        message = (
-            f"SliceFine: nn.MultiheadAttention uses the weight of {', '.join(self._hidden[:5])} without calling the "
-            f"layer ({len(self._hidden)} in all), so a slice of it would get no gradient."
-        )
-        if none_left:
-            raise UnsupportedError(f"{message} Choose other target_modules.")
-        warnings.warn(f"{message} It is left as it is.", UserWarning, stacklevel=3)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -129,30 +114,16 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is not None:
-            raise UnsupportedError("SliceFine does not support target_parameters yet; use target_modules.")
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if is_hidden(base):
-            self._hidden.append(current_key)
-            return
-        if not supports(base):
-            raise UnsupportedError(
-                f"{current_key}: SliceFine trains nn.Linear and Conv1D layers with a floating-point weight, not "
-                f"{type(base).__name__}. Leave it out of target_modules, or add it to exclude_modules."
-            )
-        if not isinstance(target, SliceFineLinear):
-            tied = [name for name in shared_names(self.model, base.weight) if not name.startswith(current_key)]
-            if tied:
-                raise ConfigError(
-                    f"{current_key}: its weight is tied to {tied[0]}, and a slice trained in place would change both. "
-                    "Exclude the layer, or untie the weights first."
-                )
-            layer = SliceFineLinear(target, adapter_name)
+        wrapped = isinstance(target, SliceFineLinear) and (
+            parameter_name is None or getattr(target, "parameter_name", None) == parameter_name
+        )
+        if wrapped:
+            layer: Any = target
         else:
-            layer = target
+            layer = self._new_layer(target, adapter_name, current_key, parameter_name)
         layer.update_layer(
             adapter_name,
-            self._layer_schedule(peft_config, base, current_key),
+            self._layer_schedule(peft_config, layer, current_key),
             current_key,
             peft_config.history,
             peft_config.init_weights,
@@ -168,24 +139,47 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _layer_schedule(self, config: SliceFineConfig, base: nn.Module, key: str) -> Schedule:
+    def _new_layer(self, target: nn.Module, adapter_name: str, key: str, parameter_name: str | None) -> SliceFineLinear:
+        """The layer with room for slices; what cannot be trained, or is tied to something else, is refused."""
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kind = kind_of(base, parameter_name)
+        if kind is None:
+            raise UnsupportedError(
+                f"{key}: SliceFine trains floating-point weights of {TRAINABLE} layers, not {type(base).__name__}. "
+                f"Leave it out of target_{'modules' if parameter_name is None else 'parameters'}, or add it to "
+                "exclude_modules."
+            )
+        weight, own = getattr(base, kind.parameter), tensor_name(key, kind.parameter)
+        tied = [name for name in shared_names(self.model, weight) if name.replace(".base_layer", "") != own]
+        if tied:
+            raise ConfigError(
+                f"{key}: its weight is tied to {tied[0]}, and a slice trained in place would change both. "
+                "Exclude the layer, or untie the weights first."
+            )
+        if parameter_name is not None:
+            return ParamWrapper(target, adapter_name, parameter_name)
+        return SliceFineLinear(target, adapter_name)
+
+    def _layer_schedule(self, config: SliceFineConfig, layer: SliceFineLinear, key: str) -> Schedule:
         """The layer's schedule; a rank that is too large is an error when it was named for this very layer."""
         pattern = get_pattern_key(list(config.rank_pattern), key)  # the key itself when nothing matches
         rank = config.rank_pattern.get(pattern)
         schedule = config.schedule(rank)
-        found = schedule.clamped(SliceFineLinear(base, "").shape)
+        found = layer.fitted(schedule, key).clamped(layer.shape)
         if found is not None:
             axis, size = found
             if rank is not None and pattern == key:
                 raise ConfigError(
                     f"rank_pattern names {key} with rank {rank}, but its weight has {size} {axis}s only; "
-                    f"choose at most {size}."
+                    f"choose at most {size // (layer.kind.unit if axis == 'column' else 1)}."
                 )
             self._clamped[key] = size
         return schedule
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put the layer in place; its parameter was made on the right device, and its weight must stay untouched."""
+        while isinstance(parent, SliceFineLinear):  # an attention module's own projections lie in it
+            parent = parent.base_layer
         setattr(parent, child_name, new_module)
         if isinstance(new_module, SliceFineLinear):
             new_module.train(child.training)
@@ -304,15 +298,16 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         config.layout, config.weights = {}, {}
         mover = next((layer.states[adapter_name].mover for _, layer in layers), None)
         config.progress = (None if mover is None else mover.sound_progress()) or None
-        for _, layer in layers:
+        for path, layer in layers:
             tensors = file_tensors(layer, adapter_name)
             name = layer.states[adapter_name].layer_name
-            active = f"{name}.{cls.prefix}active"
+            path = path.removeprefix("base_model.model.")
+            active = f"{path}.{cls.prefix}active"
             for key in [key for key in result if config.save_values == "base" and f".{active}" in f".{key}"]:
-                result[key] = result[key].to(layer.weight.dtype)
+                result[key] = result[key].to(layer._base_weight.dtype)
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
-                config.weights[name] = weight_facts(layer, adapter_name)
+                config.weights[name] = weight_facts(layer, adapter_name) | ({} if path == name else {"path": path})
         return result
 
     @classmethod

@@ -1,0 +1,176 @@
+"""PEFT's promises for layers that are no plain linear ones: attention, embeddings, convolutions, experts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from slicefine import ConfigError, SliceFineConfig, UnsupportedError
+from slicefine.peft import SliceFineLinear
+
+# peft asks for it
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+class Mixed(nn.Module):
+    """One layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"model_type": "mixed"}
+        self.embed = nn.Embedding(12, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(self.attention(query=x, key=x, value=x, need_weights=False)[0])
+
+
+TARGETS = ["embed", "conv", "attention", "out_proj", "head"]
+TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 11]])
+
+
+def mixed() -> Mixed:
+    torch.manual_seed(0)
+    return Mixed()
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        max_position_embeddings=32,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+CASES = {
+    "mixed": (mixed, {"target_modules": TARGETS}, lambda model: model(TOKENS), 5),
+    "mixtral": (
+        mixtral,
+        {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        lambda model: model(input_ids=TOKENS).logits,
+        8,
+    ),
+}
+
+
+def settings(case: str, **options) -> SliceFineConfig:
+    return SliceFineConfig(r=2, mode="alternate", interval=2, **CASES[case][1], **options)
+
+
+def train(model: nn.Module, call, steps: int = 5) -> list[float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.02)
+    losses = []
+    for _ in range(steps):
+        loss = (call(model) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_saving_disabling_and_unloading(case, tmp_path):
+    make, _, call, count = CASES[case]
+    base = make()
+    with torch.no_grad():
+        untouched = call(base)
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, settings(case))
+    layers = [m for m in model.modules() if isinstance(m, SliceFineLinear)]
+    assert len(layers) == count
+    losses = train(model, call)
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        trained = call(model)
+        assert not torch.allclose(trained, untouched)
+        with model.disable_adapter():
+            assert_close(call(model), untouched)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(make(), tmp_path)
+        assert_close(call(loaded), trained)
+        merged = loaded.merge_and_unload()
+        assert_close(call(merged), trained)
+        weights = {n.replace(".base_layer", ""): p for n, p in model.base_model.model.named_parameters()}
+        assert all(torch.equal(p, weights[n]) for n, p in merged.named_parameters())  # bit for bit
+        assert not any(isinstance(m, SliceFineLinear) for m in merged.modules())
+        assert merged.state_dict().keys() == before.keys()
+        plain = model.unload()
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_adapter_goes_beside_the_first(case):
+    make, _, call, count = CASES[case]
+    model = get_peft_model(make(), settings(case))
+    train(model, call, 2)
+    with torch.no_grad():
+        first = call(model)
+    model.add_adapter("second", settings(case))
+    assert sum(isinstance(m, SliceFineLinear) for m in model.modules()) == count
+    model.set_adapter("second")
+    train(model, call, 2)
+    model.set_adapter("default")
+    with torch.no_grad():
+        assert_close(call(model), first, rtol=0, atol=0)
+    model.delete_adapter("second")
+    with torch.no_grad():
+        assert_close(call(model), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_delta_has_the_weights_own_shape(case):
+    make, _, call, _ = CASES[case]
+    base = make()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = get_peft_model(base, settings(case))
+    train(model, call)
+    layers = {n: m for n, m in model.base_model.model.named_modules() if isinstance(m, SliceFineLinear)}
+    deltas = {n: m.get_delta_weight("default") for n, m in layers.items()}
+    names = {n: f"{n.replace('.base_layer', '')}.{m.kind.parameter}" for n, m in layers.items()}
+    after = model.merge_and_unload().state_dict()
+    for path, delta in deltas.items():
+        assert delta.abs().sum() > 0
+        assert_close(before[names[path]] + delta, after[names[path]])
+
+
+def test_rows_of_experts_are_the_same_units_of_all_of_them():
+    model = get_peft_model(mixtral(), SliceFineConfig(r=2, mode="row", moves=0, **CASES["mixtral"][1]))
+    before = copy.deepcopy(model.base_model.model.state_dict())
+    train(model, CASES["mixtral"][2], 3)
+    after = model.merge_and_unload().state_dict()
+    old = {name.replace(".base_layer", ""): t for name, t in before.items() if "slicefine_" not in name}
+    changed = (after["model.layers.0.mlp.experts.down_proj"] != old["model.layers.0.mlp.experts.down_proj"]).any(2)
+    assert changed[:, 2:].sum() == 0  # experts, rows
+    assert changed[:, :2].any(0).all()
+
+
+def test_what_cannot_be_trained_or_converted_says_so():
+    with pytest.raises(UnsupportedError, match=r"norm: SliceFine trains floating-point weights of nn.Linear, Conv1D"):
+        get_peft_model(mixtral(), SliceFineConfig(target_modules=["norm"]))
+    with pytest.raises(ConfigError, match=r"rank_pattern names conv with rank 9, .* choose at most 8"):
+        get_peft_model(mixed(), SliceFineConfig(mode="column", target_modules=["conv"], rank_pattern={"conv": 9}))
+    with pytest.raises(ValueError, match="no `target_parameters` found"):
+        get_peft_model(mixtral(), SliceFineConfig(target_modules=[], target_parameters=["experts.side_proj"]))
+    model = get_peft_model(mixed(), settings("mixed"))
+    kinds = {m.kind.layout: m.supports_lora_conversion() for m in model.modules() if isinstance(m, SliceFineLinear)}
+    assert kinds == {"linear": True, "embedding": False, "convolution": False, "packed": False, "hidden": False}
