@@ -7,11 +7,16 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from slicefine import ConfigError, SliceFineConfig, UnsupportedError
+from slicefine.files.adapter import read_adapter, write_adapter
+from slicefine.files.checkpoint import Checkpoint
+from slicefine.files.export import export_lora
+from slicefine.files.merge import merge_files
 from slicefine.peft import SliceFineLinear
 
 # peft asks for it
@@ -174,3 +179,52 @@ def test_what_cannot_be_trained_or_converted_says_so():
     model = get_peft_model(mixed(), settings("mixed"))
     kinds = {m.kind.layout: m.supports_lora_conversion() for m in model.modules() if isinstance(m, SliceFineLinear)}
     assert kinds == {"linear": True, "embedding": False, "convolution": False, "packed": False, "hidden": False}
+
+
+def trained_folder(base: nn.Module, folder, **options) -> dict[str, torch.Tensor]:
+    """Train, save base and adapter beside each other; the merged weights."""
+    save_file({k: v.clone() for k, v in base.state_dict().items()}, folder / "model.safetensors")
+    model = get_peft_model(base, SliceFineConfig(r=2, interval=2, **options))
+    train(model, CASES["mixed"][2])
+    model.save_pretrained(folder / "adapter")
+    return {k: v.clone() for k, v in model.merge_and_unload().state_dict().items()}
+
+
+def test_files_merge_what_lies_in_matrices(tmp_path):
+    base = mixed()
+    expected = trained_folder(base, tmp_path, target_modules=["embed", "attention", "out_proj", "head"])
+    with Checkpoint(tmp_path) as checkpoint:
+        merge_files(read_adapter(tmp_path / "adapter"), checkpoint, tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_files_refuse_what_does_not(tmp_path):
+    trained_folder(mixed(), tmp_path, target_modules=["conv"])
+    adapter = read_adapter(tmp_path / "adapter")
+    assert {name: (layer.layout, layer.tensor) for name, layer in adapter.layers.items()} == {
+        "conv": ("convolution", "conv.weight")
+    }
+    with Checkpoint(tmp_path) as checkpoint:
+        with pytest.raises(UnsupportedError, match=r"conv.weight is no matrix \(convolution, \(8, 8, 3\)\)"):
+            merge_files(adapter, checkpoint, tmp_path / "merged")
+        with pytest.raises(UnsupportedError, match="export: conv .* is no linear layer, and LoRA's loaders"):
+            export_lora(adapter, checkpoint, tmp_path / "lora")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_several_parameters_of_one_module_are_told_apart_in_files(tmp_path):
+    model = get_peft_model(mixtral(), settings("mixtral"))
+    train(model, CASES["mixtral"][2])
+    model.save_pretrained(tmp_path)
+    layers = read_adapter(tmp_path).layers
+    experts = {name: (layer.path, layer.shape) for name, layer in layers.items() if "layers.0.mlp" in name}
+    assert experts == {
+        "model.layers.0.mlp.experts.gate_up_proj": ("model.layers.0.mlp.experts.base_layer", (48, 16 * 4)),
+        "model.layers.0.mlp.experts.down_proj": ("model.layers.0.mlp.experts", (16, 24 * 4)),
+    }
+    write_adapter(read_adapter(tmp_path), tmp_path / "again")
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(mixtral(), tmp_path / "again")(input_ids=TOKENS).logits
+        assert_close(found, model(input_ids=TOKENS).logits)

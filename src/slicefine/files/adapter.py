@@ -67,6 +67,9 @@ class LayerFile:
         dtype: the weight's precision in training; finished slices are stored in it.
         room: shape of the persistent parameter, which holds the last slice.
         before: for each visit what undoing it needs (`Journal.history`), None where the history does not reach.
+        layout: how the base holds the matrix (`slicefine.weights.WeightKind`), where that is no plain layer's way.
+        tensor: the weight's full name there; empty means ``NAME.weight``.
+        path: the module's place in the trained model, where the layer is named otherwise.
     """
 
     shape: tuple[int, int]
@@ -77,6 +80,9 @@ class LayerFile:
     dtype: torch.dtype
     room: tuple[int, int]
     before: list[Tensor | None]
+    layout: str = "linear"
+    tensor: str = ""
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,9 @@ def read_adapter(folder: str | Path) -> Adapter:
     if not isinstance(weights, dict):
         raise AdapterFileError(f"{path / CONFIG}: what it says of the weights makes no sense; the file is corrupt.")
     layers = {}
-    for name, own in tensors.items():
+    names = {facts["path"]: name for name, facts in weights.items() if isinstance(facts, dict) and "path" in facts}
+    for path_in_model, own in tensors.items():
+        name = str(names.get(path_in_model, path_in_model))
         facts = weights.get(name)
         if facts is None:
             raise AdapterFileError(
@@ -156,11 +164,14 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
         config["layout"][name] = {kind: list(tensor.shape) for kind, tensor in own.items()}
         sample = [list(entry) for entry in layer.sample]
         facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": sample}
-        config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")}
+        unusual = {"layout": layer.layout, "tensor": layer.tensor} if layer.tensor else {}
+        unusual |= {"path": layer.path} if layer.path else {}
+        config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")} | unusual
         own = {kind: t.to(layer.dtype) if t.is_floating_point() else t for kind, t in own.items()}
         active = layer.values[layer.visits[-1].slice]
         own["active"] = pad_block(active, layer.room)
-        tensors |= {f"{_PREFIX}{name}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
+        path = layer.path or name
+        tensors |= {f"{_PREFIX}{path}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
         for file in () if beside is None else sorted(beside.iterdir()):
             if file.is_file() and file.name in BESIDE:
@@ -282,6 +293,8 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
             raise ValueError(f"a matrix of {rows} x {columns}")
         transposed = bool(facts["transposed"])
         dtype = _DTYPES[facts["dtype"]]
+        layout = str(facts.get("layout", "linear"))
+        tensor, path = str(facts.get("tensor", "")), str(facts.get("path", ""))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
     values = unpack(tensors, tensors["active"], (rows, columns), name)
@@ -293,4 +306,4 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         )
     before = split_history(tensors["journal"], tensors.get("before"))
     sample = read_sample(facts, (rows, columns), name)
-    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room, before)
+    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room, before, layout, tensor, path)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, UnsupportedError
 from ..functional import read_block
 from ..geometry import Slice
 from ..state import same_base
@@ -83,6 +83,9 @@ def kind_of(layer: str) -> str:
     return re.split(r"(?:^|\.)\d+\.", layer)[-1]
 
 
+MATRICES = ("linear", "hidden", "packed", "embedding")  # layouts of weights that files keep as they are used
+
+
 class Checkpoint:
     """The safetensors files of a model folder, opened for reading parts of single tensors.
 
@@ -117,15 +120,15 @@ class Checkpoint:
         """Names of the weight files."""
         return sorted(set(self._where.values()))
 
-    def key(self, layer: str) -> str:
-        """The name under which the files keep a layer's weight.
+    def key(self, layer: str, tensor: str = "") -> str:
+        """The name under which the files keep a layer's weight (``tensor``, or ``LAYER.weight``).
 
         A task's model has a prefix before the base's own names, or lacks it: both are tried.
 
         Raises:
             AdapterFileError: if no name fits, or several do.
         """
-        wanted = f"{layer}.weight"
+        wanted = tensor or f"{layer}.weight"
         parts = wanted.split(".")
         for at in range(len(parts) - 1):  # without leading parts: bert.encoder... -> encoder...
             if ".".join(parts[at:]) in self._where:
@@ -176,9 +179,14 @@ class Checkpoint:
         Raises:
             AdapterFileError: if the weight has another shape or other values than it had then.
         """
-        key = self.key(name)
+        key = self.key(name, layer.tensor)
         part = self._part(key)
         shape = tuple(part.get_shape())
+        if layer.layout not in MATRICES:
+            raise UnsupportedError(
+                f"{key} is no matrix ({layer.layout}, {shape}), and files are written line by line. Load base and "
+                "adapter with PEFT, and save what merge_and_unload() gives."
+            )
         if shape != (layer.shape[::-1] if layer.transposed else layer.shape):
             raise AdapterFileError(
                 f"{self.folder}: {key} has shape {shape}, and the adapter was trained on {layer.shape}"

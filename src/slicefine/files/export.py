@@ -119,6 +119,13 @@ def export_lora(
             f"{to} loads no tensors beside the factors, and this adapter has {len(adapter.others)} "
             f"({next(iter(adapter.others))}, ...). Merge it into its base instead (slicefine merge)."
         )
+    unusual = [name for name, layer in adapter.layers.items() if layer.layout != "linear"]
+    if unusual:
+        layout = adapter.layers[unusual[0]].layout
+        raise UnsupportedError(
+            f"export: {unusual[0]} ({layout}; {len(unusual)} such layers) is no linear layer, and LoRA's loaders know "
+            "factors of linear layers. Load base and adapter with PEFT, and save what merge_and_unload() gives."
+        )
     needed = {name: exact_rank(list(layer.values), layer.shape) for name, layer in adapter.layers.items()}
     most = max(needed.values(), default=0)
     if runtime.most is not None and min(most, rank or most) > runtime.most:

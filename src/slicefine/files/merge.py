@@ -135,7 +135,7 @@ def merge_files(adapter: Adapter, base: Checkpoint, target: Path) -> list[str]:
         for file_name in base.files():
             places |= stored_tensors(aside / file_name)
         for name, layer in adapter.layers.items():
-            place = _place(places, base.key(name), base)
+            place = _place(places, base.key(name, layer.tensor), base)
             for block, lines in layer.values.items():
                 place.write(block, lines, layer.transposed)
             if place.dtype.itemsize < layer.dtype.itemsize:
