@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,9 +21,10 @@ from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
 from .layer import SliceLayer
 from .mover import Mover, MoveSettings, check_progress
+from .quantised import Requantised, place_of
 from .schedule import Positions, Schedule
 from .transfer import check_tensors, file_tensors, load_tensors
-from .weights import supports
+from .weights import lies_beside, trains
 from .window import make_window, places
 
 __all__ = [
@@ -33,9 +35,11 @@ __all__ = [
     "linear_names",
     "match_layers",
     "matches",
+    "merge_errors",
     "share_visits",
     "shared_names",
     "warn_about_clamped",
+    "warn_about_lost",
 ]
 
 FORMAT_VERSION = 2  # of a tuner's file; 2 tells additive slices apart, and has values to undo the last visits with
@@ -95,12 +99,21 @@ class SliceTuner:
         """Remove every trace: the base layers return with their original weights, or with the trained ones.
 
         Args:
-            merge: keep the trained values in the weights.
+            merge: keep the trained values in the weights. Quantised weights are quantised anew, which loses a part of
+                them: a warning says how much, and `merge_errors` before.
+
+        Raises:
+            UnsupportedError: if a weight's format cannot be quantised anew; nothing has changed then.
         """
+        for layer in self.layers.values() if merge else ():
+            layer.check_fold()  # all of them before the first one changes
+        lost: dict[str, Requantised] = {}
         for name, layer in self.layers.items():
             layer.apply_only([_NAME] if merge else [])
-            layer.fold()
-            _set_module(self.model, name, layer.base_layer)
+            found = layer.fold()
+            lost |= {} if found is None else {name: found}
+            _set_module(self.model, name, layer.unwrapped())
+        warn_about_lost(lost)
         self.mover.layers = {}
         self.layers = {}
         return self.model
@@ -172,7 +185,7 @@ def attach(
     window: int | float | None = None,
     window_order: str = "top-down",
     window_dwell: str | Sequence[int] = "uniform",
-    additive: bool = False,
+    additive: bool | None = None,
     reserve: Mapping[str, Sequence[Slice]] | None = None,
     share: tuple[int, int] | None = None,
     start_values: str = "pretrained",
@@ -194,7 +207,7 @@ def attach(
         window, window_order, window_dwell: train only a moving group of blocks; see `Window`.
         additive: leave the weights untouched and keep what slices change beside them, for weights that other processes
             share; each visited line then costs a little in every forward. Not for random masks. Weight decay then
-            pulls towards the base's values instead of zero.
+            pulls towards the base's values instead of zero. None does so for quantised layers, which need it.
         reserve: ``{layer name: slices}`` that belong to others (`SliceTuner.slices` of an earlier run): this run keeps
             out of their rows and columns, and leaves entries as they are where a row crosses a column of theirs.
         share: ``(i, n)``: train the i-th of n parts of the positions (i from 0), beside n - 1 other runs.
@@ -231,6 +244,8 @@ def attach(
     layers = {}
     clamped: dict[str, int] = {}
     for name in names:
+        lies_beside(model.get_submodule(name), additive, name)  # refused before anything changes
+    for name in names:
         layers[name] = SliceLayer(model.get_submodule(name), additive)
         found = schedule.clamped(layers[name].shape)
         clamped |= {} if found is None else {name: found[1]}
@@ -259,16 +274,16 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
     names = [
         name
         for name, module in model.named_modules()
-        if name and supports(module) and matches(name, targets) and not (exclude and matches(name, exclude))
+        if name and trains(module) and matches(name, targets) and not (exclude and matches(name, exclude))
         if module is not output
     ]
     if not names:
-        some = [n for n, m in model.named_modules() if supports(m)][:5]
+        some = [n for n, m in model.named_modules() if trains(m)][:5]
         raise ConfigError(
             f"target_modules={targets!r} matches no nn.Linear or Conv1D layer; this model has for example {some}."
         )
     for name in names:
-        sharing = shared_names(model, model.get_submodule(name).weight)
+        sharing = shared_names(model, place_of(model.get_submodule(name)))
         if len(sharing) > 1:
             raise ConfigError(
                 f"{name}: its weight is tied to {', '.join(n for n in sharing if n != f'{name}.weight')}; training a "
@@ -279,7 +294,7 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
 
 def linear_names(model: nn.Module) -> list[str]:
     """The last parts of the names of a model's supported layers, for messages: ``["key", "query", "value"]``."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if supports(module)})
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if trains(module)})
 
 
 def shared_names(model: nn.Module, weight: Any) -> list[str]:
@@ -312,6 +327,35 @@ def warn_about_clamped(clamped: dict[str, int]) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def merge_errors(model: nn.Module) -> dict[str, Requantised]:
+    """What merging the applied slices into quantised weights would lose, by layer; nothing is changed.
+
+    Args:
+        model: with slices, from `attach` or PEFT; layers whose weights are not quantised lose nothing and are left out.
+
+    Raises:
+        UnsupportedError: if a weight's format cannot be quantised anew.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SliceLayer)}
+    found = {name: layer.fold(write=False) for name, layer in layers.items() if layer.quantised}
+    return {name: lost for name, lost in found.items() if lost is not None}
+
+
+def warn_about_lost(lost: Mapping[str, Requantised]) -> None:
+    """Say what quantised weights lost when they took slices in."""
+    if not lost:
+        return
+    worst = max(lost, key=lambda name: lost[name].change)
+    weight, change = (statistics.median(getattr(one, what) for one in lost.values()) for what in ("weight", "change"))
+    warnings.warn(
+        f"SliceFine: {len(lost)} quantised weights took the slices in and were quantised anew. The error is "
+        f"{weight:.2g} of the weight and {change:.2g} of what was trained (medians; at most {lost[worst].change:.2g}, "
+        f"{worst}). Keep the adapter beside the base, or export it to LoRA, to lose nothing.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -18,11 +18,12 @@ from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..layer import SliceLayer
 from ..mover import Mover, check_progress
+from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..state import read_sample
 from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, weight_facts
-from ..tuner import shared_names, warn_about_clamped
-from ..weights import is_hidden, supports
+from ..tuner import shared_names, warn_about_clamped, warn_about_lost
+from ..weights import is_hidden, lies_beside, shape_of, trains
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
 from .layer import SliceFineLinear
@@ -135,19 +136,26 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if is_hidden(base):
             self._hidden.append(current_key)
             return
-        if not supports(base):
+        if not trains(base):
             raise UnsupportedError(
-                f"{current_key}: SliceFine trains nn.Linear and Conv1D layers with a floating-point weight, not "
-                f"{type(base).__name__}. Leave it out of target_modules, or add it to exclude_modules."
+                f"{current_key}: SliceFine trains nn.Linear and Conv1D layers, with a floating-point or a quantised "
+                f"weight, not {type(base).__name__}. Leave it out of target_modules, or add it to exclude_modules."
             )
+        facts = (peft_config.weights or {}).get(current_key, {})
+        additive = _additive(peft_config, base, facts, current_key)
         if not isinstance(target, SliceFineLinear):
-            tied = [name for name in shared_names(self.model, base.weight) if not name.startswith(current_key)]
+            tied = [name for name in shared_names(self.model, place_of(base)) if not name.startswith(current_key)]
             if tied:
                 raise ConfigError(
                     f"{current_key}: its weight is tied to {tied[0]}, and a slice trained in place would change both. "
                     "Exclude the layer, or untie the weights first."
                 )
-            layer = SliceFineLinear(target, adapter_name)
+            layer = SliceFineLinear(target, adapter_name, additive)
+        elif additive != (target.packed is not None):
+            raise ConfigError(
+                f"{current_key}: adapter {adapter_name!r} has additive={additive}, and the adapters that the layer has "
+                f"already have additive={not additive}; one layer keeps its slices in one place."
+            )
         else:
             layer = target
         layer.update_layer(
@@ -160,7 +168,6 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         )
         layout = (peft_config.layout or {}).get(current_key)
         if layout is not None:
-            facts = (peft_config.weights or {}).get(current_key, {})
             shapes = {kind: tuple(shape) for kind, shape in layout.items() if kind in KINDS}
             expect(layer, adapter_name, shapes, read_sample(facts, layer.shape, current_key))
         if layer is not target:
@@ -173,7 +180,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         pattern = get_pattern_key(list(config.rank_pattern), key)  # the key itself when nothing matches
         rank = config.rank_pattern.get(pattern)
         schedule = config.schedule(rank)
-        found = schedule.clamped(SliceFineLinear(base, "").shape)
+        found = schedule.clamped(shape_of(base))
         if found is not None:
             axis, size = found
             if rank is not None and pattern == key:
@@ -189,6 +196,15 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         setattr(parent, child_name, new_module)
         if isinstance(new_module, SliceFineLinear):
             new_module.train(child.training)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; quantised weights are checked before the first one changes, and what they lost is said."""
+        layers = dict(_sliced_layers(self.model))
+        for layer in layers.values() if merge else ():
+            layer.check_fold()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        warn_about_lost({name: layer.lost for name, layer in layers.items() if layer.lost is not None})
+        return model
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the wrapped model."""
@@ -302,6 +318,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         )
         result = {key: tensor for key, tensor in result.items() if f".{cls.prefix}{ORIGINALS}" not in key}
         config.layout, config.weights = {}, {}
+        beside = {layer.packed is not None for _, layer in layers}
+        config.additive = beside.pop() if len(beside) == 1 else None  # layer by layer: `weights`
         mover = next((layer.states[adapter_name].mover for _, layer in layers), None)
         config.progress = (None if mover is None else mover.sound_progress()) or None
         for _, layer in layers:
@@ -309,7 +327,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             name = layer.states[adapter_name].layer_name
             active = f"{name}.{cls.prefix}active"
             for key in [key for key in result if config.save_values == "base" and f".{active}" in f".{key}"]:
-                result[key] = result[key].to(layer.weight.dtype)
+                result[key] = result[key].to(layer.dense().dtype)
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
                 config.weights[name] = weight_facts(layer, adapter_name)
@@ -354,6 +372,19 @@ def _sliced_layers(model: nn.Module, adapter_name: str | None = None) -> Iterato
             yield name, module
 
 
+def _additive(config: SliceFineConfig, base: nn.Module, facts: dict[str, Any], key: str) -> bool:
+    """Whether slices lie beside a layer's weight: as in the file that the adapter comes from, or else as configured."""
+    if not facts:
+        return lies_beside(base, config.additive, key)
+    found = bool(facts.get("additive", False))
+    if not found and format_of(base) is not None:
+        raise AdapterFileError(
+            f"{key}: the adapter's slices hold values of a weight that was not quantised, and this one is. Load it "
+            "onto the base without quantisation, or export it to LoRA (slicefine export), which fits both."
+        )
+    return found
+
+
 def _all_targets(configs: list[SliceFineConfig]) -> set[str] | str:
     """Target modules that select every layer of several configurations."""
     targets: list[Any] = [c.target_modules for c in configs]
@@ -372,4 +403,5 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
             layer.delete_slice(adapter_name)
         if not layer.states:
             parent, _, child = name.rpartition(".")
+            layer.unwrapped()
             setattr(model.get_submodule(parent), child, layer.get_base_layer())
