@@ -21,6 +21,7 @@ LADDER = [
     "geometry",
     "initial",
     "packed",
+    "quantised",
     "weights",
     "window",
     "schedule",
@@ -40,7 +41,8 @@ ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}
 ALLOWED["packed"] = {"errors", "geometry"}
-ALLOWED["weights"] = {"errors", "geometry"}
+ALLOWED["quantised"] = {"errors"}
+ALLOWED["weights"] = {"errors", "geometry", "quantised"}
 ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
@@ -48,7 +50,8 @@ ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "j
 ALLOWED["transfer"] -= {"window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
 CORE = list(ALLOWED)
-EXTERNAL = {"torch", "safetensors"}
+EXTERNAL = {name: {"torch", "safetensors"} for name in CORE}
+EXTERNAL["quantised"] = {"torch", "bitsandbytes", "torchao"}  # these where a layer of theirs is there
 
 
 def imports(name: str) -> tuple[set[str], set[str]]:
@@ -68,7 +71,7 @@ def imports(name: str) -> tuple[set[str], set[str]]:
 def test_imports_go_one_way(name):
     siblings, external = imports(name)
     assert siblings <= ALLOWED[name]
-    assert external <= EXTERNAL
+    assert external <= EXTERNAL[name]
 
 
 def test_the_import_check_can_see():
@@ -81,7 +84,9 @@ def test_the_core_needs_only_torch_and_safetensors():
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"peft", "transformers", "accelerate", "datasets", "sklearn", "matplotlib", "yaml"}:
+        if name.split(".")[0] in {
+            "peft", "transformers", "accelerate", "datasets", "sklearn", "matplotlib", "yaml", "bitsandbytes", "torchao"
+        }:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Blocked())
 import slicefine.tuner, slicefine.reference

@@ -16,7 +16,7 @@ from .errors import (
 from .geometry import Slice
 from .mover import Mover, MoveSettings, movers_of
 from .schedule import Schedule
-from .tuner import SliceTuner, attach
+from .tuner import SliceTuner, attach, merge_errors
 
 try:  # the core needs torch and safetensors only; with PEFT at hand, importing slicefine registers the method there
     from .peft import SliceFineCallback, SliceFineConfig, SliceFineModel
@@ -33,6 +33,7 @@ __all__ = [
     "ContentError",
     "DataError",
     "energy_positions",
+    "merge_errors",
     "Mover",
     "movers_of",
     "MoveSettings",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, DataError
 from .geometry import block_count, block_start
 from .tuner import linear_names, matches
-from .weights import supports
+from .weights import trains
 
 __all__ = ["energy_positions", "evaluating", "gradient_energy", "input_energy"]
 
@@ -202,7 +202,7 @@ def _watched(
     handles = [
         register(name, module)
         for name, module in model.named_modules()
-        if supports(module) and matches(name, target_modules)
+        if trains(module) and matches(name, target_modules)
     ]
     if not handles:
         raise ConfigError(

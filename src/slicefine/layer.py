@@ -32,10 +32,11 @@ from .geometry import Slice, covered, line_length
 from .initial import initial_block
 from .journal import visit_table
 from .packed import PackedDelta
+from .quantised import Requantised, format_of, place_of, prepare, release, requantise
 from .schedule import Schedule, check_positions, slice_at, slices_of_others, widened
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
-from .weights import TRAINABLE, Stack, kind_of
+from .weights import TRAINABLE, Stack, kind_of, lies_beside, value_dtype
 from .window import Place
 
 __all__ = ["SliceLayer"]
@@ -52,24 +53,27 @@ class SliceLayer(nn.Module):
         base_layer: the layer; its weight is frozen here.
         parameter_name: the weight, where the layer has several; None means its own (`slicefine.weights.kind_of`).
         additive: never write to that weight: what slices change lies beside it and is added to the output. Slices
-            then hold differences from the base, which start at zero.
+            then hold differences from the base, which start at zero. None: where the weight is quantised.
     """
 
     base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, additive: bool = False, parameter_name: str | None = None) -> None:
+    def __init__(self, base_layer: nn.Module, additive: bool | None = None, parameter_name: str | None = None) -> None:
         super().__init__()
         self._init_slices(base_layer, additive, parameter_name)
 
-    def _init_slices(self, base_layer: nn.Module, additive: bool = False, parameter_name: str | None = None) -> None:
+    def _init_slices(
+        self, base_layer: nn.Module, additive: bool | None = None, parameter_name: str | None = None
+    ) -> None:
         innermost: nn.Module = base_layer
         self.depth = 0
         while isinstance(innermost, SliceLayer):  # another of the layer's parameters has slices
             innermost, self.depth = innermost.base_layer, self.depth + 1
         kind = kind_of(innermost, parameter_name)
+        additive = kind is not None and lies_beside(innermost, additive, type(innermost).__name__)
         if kind is None or (additive and not kind.called):
             raise UnsupportedError(
-                f"SliceFine trains the floating-point weight of {'linear' if additive else TRAINABLE} layers"
+                f"SliceFine trains the weight of {'linear' if additive else TRAINABLE} layers"
                 f"{' beside it (additive=True)' if additive else ''}, not {type(innermost)}"
                 f"{'' if parameter_name is None else f', parameter {parameter_name!r}'}. Leave it out of "
                 f"target_{'modules' if parameter_name is None else 'parameters'}."
@@ -77,8 +81,9 @@ class SliceLayer(nn.Module):
         self.kind = kind
         self.base_layer = base_layer
         self._base_weight.requires_grad_(False)
-        weight = self._base_weight
-        self.packed = PackedDelta(self.shape, weight.dtype, weight.device) if additive else None
+        prepare(base_layer)
+        place = self._base_weight.device
+        self.packed = PackedDelta(self._own_shape(), value_dtype(base_layer), place) if additive else None
         self.states: dict[str, AdapterState] = {}
         self._order: list[str] = []  # adapters in the order of their last application
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
@@ -95,7 +100,7 @@ class SliceLayer(nn.Module):
         layer = self.base_layer
         for _ in range(self.depth):
             layer = cast(nn.Module, layer.base_layer)
-        return cast(Tensor, getattr(layer, self.kind.parameter))
+        return place_of(layer) if self.kind.layout == "quantised" else cast(Tensor, getattr(layer, self.kind.parameter))
 
     def dense(self) -> Matrix:
         """What slices are read from and written to: the weight as ``(out, in)``, or what lies beside it.
@@ -119,17 +124,24 @@ class SliceLayer(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, columns)`` = (output units, input features)."""
+        return self._own_shape() if self.packed is None else (self.packed.shape[0], self.packed.shape[1])
+
+    def _own_shape(self) -> tuple[int, int]:
+        if self.kind.layout == "quantised":  # a packed weight has another shape
+            return int(cast(int, self.base_layer.out_features)), int(cast(int, self.base_layer.in_features))
         return self.kind.shape(self._base_weight)
 
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for models that look at it (its dtype, its device), or use it without a call."""
-        return self._tracked_weight() if self.kind.layout == "hidden" else self._base_weight
+        if self.kind.layout == "hidden":
+            return self._tracked_weight()
+        return cast(Tensor, self.base_layer.weight) if self.kind.layout == "quantised" else self._base_weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        return cast("Tensor | None", self.base_layer.bias)
+        return cast("Tensor | None", getattr(self.base_layer, "bias", None))
 
     @property
     def in_features(self) -> int:
@@ -165,9 +177,11 @@ class SliceLayer(nn.Module):
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
         schedule = self.fitted(schedule, layer_name)
         check_positions(schedule, self.shape, layer_name)
+        if self.packed is not None:
+            _check_beside(schedule, layer_name)
         state = AdapterState(schedule, layer_name, history)
         shape = schedule.block_shape(self.shape)
-        dtype = self._base_weight.dtype
+        dtype = self.dense().dtype
         master = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         self.slicefine_active[name] = nn.Parameter(torch.zeros(shape, dtype=master, device=self._base_weight.device))
         self.states[name] = state
@@ -244,11 +258,42 @@ class SliceLayer(nn.Module):
             state.others = slices_of_others(state.schedule, self.shape, state.layer_name)
         return covered(block, state.others, self.shape)
 
-    def fold(self) -> None:
-        """Add what lies beside the weight to it; rounding makes this final."""
-        if self.packed is not None:
-            self.packed.add_to(cast(Tensor, self._base_matrix()))
+    def fold(self, write: bool = True) -> Requantised | None:
+        """Add what lies beside the weight to it; rounding makes this final.
+
+        Args:
+            write: False leaves everything as it is and only measures what that would cost.
+
+        Returns:
+            What a quantised weight lost in it; None for others.
+
+        Raises:
+            UnsupportedError: if the weight's format cannot be quantised anew.
+        """
+        if self.packed is None or self.packed.empty:
+            return None
+        lost = requantise(self.base_layer, self.packed, write) if self.quantised else None
+        if write:
+            if lost is None:
+                self.packed.add_to(cast(Tensor, self._base_matrix()))
             self.packed.clear()
+        return lost
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base layer's weight is quantised."""
+        return self.packed is not None and format_of(self.base_layer) is not None
+
+    def check_fold(self) -> None:
+        """Raise `UnsupportedError` if `fold` cannot write to the weight."""
+        known = None if self.packed is None else format_of(self.base_layer)
+        if known is not None:
+            known.check(self.base_layer)
+
+    def unwrapped(self) -> nn.Module:
+        """The base layer, for a model that is to do without slices; see `apply_only` and `fold` for what it holds."""
+        release(self.base_layer)
+        return self.base_layer
 
     @contextmanager
     def reverted(self) -> Iterator[Matrix]:
@@ -470,6 +515,8 @@ class SliceLayer(nn.Module):
         state = self.states[name]
         if self._base_weight.is_meta:
             return
+        if self.packed is not None and self.packed.device.type == "meta":  # the base has come
+            self.packed = PackedDelta(self.shape, value_dtype(self.base_layer), self._base_weight.device)
         if state.deferred and "journal" not in state.staged:
             with self.reverted():
                 self.begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
@@ -567,6 +614,8 @@ class SliceLayer(nn.Module):
             kept = keep_input(self.slicefine_active[trained[0]], x, state.index, state.axis)
         y: Tensor = self.base_layer(*args, **kwargs)
         if self.packed is not None and names:
+            if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+                raise UnsupportedError(_no_gradient(self))
             y = self.packed.add_product(x, y)
         if not trained:
             return self._guarded(y, names)
@@ -683,6 +732,32 @@ def _warn_below(state: AdapterState) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+def _check_beside(schedule: Schedule, layer_name: str) -> None:
+    """Raise `UnsupportedError` for what cannot be trained beside a weight."""
+    refused = {
+        "mode='random_mask' trains scattered entries, which no few lines beside the weight hold": (
+            schedule.mode == "random_mask"
+        ),
+        f"start_values={schedule.start_values!r} replaces the weight's own values": (
+            schedule.start_values != "pretrained"
+        ),
+    }
+    for reason in (text for text, found in refused.items() if found):
+        raise UnsupportedError(
+            f"{layer_name or 'SliceFine'}: {reason}, and slices lie beside it here (it is quantised, or additive=True "
+            "was given). Use mode row, column or alternate and start_values='pretrained'."
+        )
+
+
+def _no_gradient(layer: SliceLayer) -> str:
+    kind = type(layer.base_layer).__name__
+    return (
+        f"{layer.label}: the base layer ({kind}) passes no gradient to its input, so nothing below it would learn. "
+        "Quantise the model in a format that can be trained through (bitsandbytes, torchao weight-only, HQQ), or train "
+        "the layers above this one only."
+    )
 
 
 def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:

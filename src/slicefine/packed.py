@@ -41,6 +41,11 @@ class _Lines:
         return torch.tensor([self.slots[line] for line in lines], device=self.index.device)
 
 
+def _narrower(x: torch.dtype, values: torch.dtype) -> torch.dtype:
+    """What to multiply in: inputs may be wider than a quantised layer's compute dtype, or values than inputs."""
+    return values if values.itemsize < x.itemsize else x
+
+
 class PackedDelta:
     """A matrix of zeros of which only the lines that were written exist: the trained part of a weight, beside it.
 
@@ -112,11 +117,17 @@ class PackedDelta:
         Gradients flow to ``x`` and ``y``, not to the lines: a layer's active block has a gradient of its own.
         """
         row, column = self._axes["row"], self._axes["column"]
+        x = x.to(_narrower(x.dtype, self.dtype))
         if row.slots:
-            y = y.index_add(-1, row.index, torch.nn.functional.linear(x, row.values).to(y.dtype))
+            y = y.index_add(-1, row.index, torch.nn.functional.linear(x, row.values.to(x.dtype)).to(y.dtype))
         if column.slots:
-            y = y + torch.matmul(x.index_select(-1, column.index), column.values).to(y.dtype)
+            y = y + torch.matmul(x.index_select(-1, column.index), column.values.to(x.dtype)).to(y.dtype)
         return y
+
+    @property
+    def empty(self) -> bool:
+        """Whether no line was written yet."""
+        return not any(lines.slots for lines in self._axes.values())
 
     def count_nonzero(self) -> int:
         """How many entries are not zero; a crossing counts once."""

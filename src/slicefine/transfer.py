@@ -55,8 +55,6 @@ class Holder(Protocol):
     def shape(self) -> tuple[int, int]: ...
     @property
     def transposed(self) -> bool: ...
-    @property
-    def _base_weight(self) -> Tensor: ...
     def dense(self) -> Matrix: ...
     def reverted(self) -> AbstractContextManager[Matrix]: ...
     def apply_only(self, names: Sequence[str]) -> None: ...
@@ -128,11 +126,11 @@ def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
             values = read_block(weight, block)
     facts: dict[str, Any] = {"shape": list(layer.shape), "transposed": layer.transposed}
     if not layer.kind.called:
-        facts |= {
-            "layout": layer.kind.layout,
-            "tensor": tensor_name(layer.states[name].layer_name, layer.kind.parameter),
-        }
-    if block.axis != "entries":
+        tensor = tensor_name(layer.states[name].layer_name, layer.kind.parameter)
+        facts |= {"layout": layer.kind.layout, "tensor": tensor}
+    if isinstance(layer.dense(), PackedDelta):
+        facts["additive"] = True  # the originals are zeros, which tell no base from another
+    elif block.axis != "entries":
         fixed = layer.fixed_lines(name, block)
         facts["sample"] = [list(entry) for entry in base_sample(values, block, fixed)]
     return facts | {"dtype": str(values.dtype).removeprefix("torch.")}
@@ -197,7 +195,7 @@ def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
         )
     unpack(tensors, active, layer.shape, layer.label)
     sample = layer.states[name].sample
-    if not layer._base_weight.is_meta:
+    if layer.dense().device.type != "meta":
         with layer.reverted():
             _check_base(layer, sample)
 
@@ -205,7 +203,7 @@ def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
 def load_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
     """Install a file's tensors, ``active`` among them, in one go, or refuse them before anything changes."""
     check_tensors(layer, name, tensors)
-    device = layer._base_weight.device
+    device = layer.dense().device
     for kind in KINDS:
         if kind in tensors:
             _stage(layer, name, kind, tensors[kind].to(device))
@@ -231,7 +229,7 @@ def install(layer: Holder, name: str) -> None:
         raise
     state.journal.load(table, values, tensors.get("before"))
     layer.aim(name)
-    half = parameter.dtype != layer._base_weight.dtype  # then the weight cannot tell the master's values
+    half = parameter.dtype != layer.dense().dtype  # then the weight cannot tell the master's values
     state.previous = parameter.detach().clone() if half else None
     layer.mark_synced(name)
     layer.apply_only(names)
@@ -241,7 +239,7 @@ def take_out_arrived(layer: Holder) -> None:
     """Restore what the slices of a loaded weight replaced; their journal, still staged, says where they are."""
     arrived, layer.arriving = layer.arriving, {}
     for name, values in arrived.items():
-        if layer._base_weight.is_meta or layer.requested is None or "journal" not in layer.states[name].staged:
+        if layer.dense().device.type == "meta" or layer.requested is None or "journal" not in layer.states[name].staged:
             continue
         visits = read_table(layer.states[name].staged["journal"])
         blocks = list(dict.fromkeys(visit.slice for visit in visits))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,9 +21,10 @@ from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
 from .layer import SliceLayer
 from .mover import Mover, MoveSettings, check_progress
+from .quantised import Requantised, place_of
 from .schedule import Positions, Schedule
 from .transfer import check_tensors, file_tensors, load_tensors
-from .weights import TRAINABLE, kind_of, supports
+from .weights import TRAINABLE, kind_of, lies_beside, trains
 from .window import make_window, places
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "match_layers",
     "match_parameters",
     "matches",
+    "merge_errors",
     "share_visits",
     "shared_names",
     "warn_about_clamped",
+    "warn_about_lost",
 ]
 
 FORMAT_VERSION = 2  # of a tuner's file; 2 tells additive slices apart, and has values to undo the last visits with
@@ -96,15 +100,24 @@ class SliceTuner:
         """Remove every trace: the base layers return with their original weights, or with the trained ones.
 
         Args:
-            merge: keep the trained values in the weights.
+            merge: keep the trained values in the weights. Quantised weights are quantised anew, which loses a part of
+                them: a warning says how much, and `merge_errors` before.
+
+        Raises:
+            UnsupportedError: if a weight's format cannot be quantised anew; nothing has changed then.
         """
-        for layer in self.layers.values():
+        for layer in self.layers.values() if merge else ():
+            layer.check_fold()  # all of them before the first one changes
+        lost: dict[str, Requantised] = {}
+        for name, layer in self.layers.items():
             layer.apply_only([_NAME] if merge else [])
-            layer.fold()
+            found = layer.fold()
+            lost |= {} if found is None else {name: found}
         own = {id(layer) for layer in self.layers.values()}
         for name, module in reversed(list(self.model.named_modules())):  # what lies inside comes out first
             if id(module) in own:
-                _set_module(self.model, name, cast(SliceLayer, module).base_layer)
+                _set_module(self.model, name, cast(SliceLayer, module).unwrapped())
+        warn_about_lost(lost)
         self.mover.layers = {}
         self.layers = {}
         return self.model
@@ -177,7 +190,7 @@ def attach(
     window: int | float | None = None,
     window_order: str = "top-down",
     window_dwell: str | Sequence[int] = "uniform",
-    additive: bool = False,
+    additive: bool | None = None,
     reserve: Mapping[str, Sequence[Slice]] | None = None,
     share: tuple[int, int] | None = None,
     start_values: str = "pretrained",
@@ -203,7 +216,7 @@ def attach(
         window, window_order, window_dwell: train only a moving group of blocks; see `Window`.
         additive: leave the weights untouched and keep what slices change beside them, for weights that other processes
             share; each visited line then costs a little in every forward. Not for random masks. Weight decay then
-            pulls towards the base's values instead of zero.
+            pulls towards the base's values instead of zero. None does so for quantised layers, which need it.
         reserve: ``{layer name: slices}`` that belong to others (`SliceTuner.slices` of an earlier run): this run keeps
             out of their rows and columns, and leaves entries as they are where a row crosses a column of theirs.
         share: ``(i, n)``: train the i-th of n parts of the positions (i from 0), beside n - 1 other runs.
@@ -243,6 +256,8 @@ def attach(
     inside: dict[str, SliceLayer] = {}  # by the module's place: several parameters of one module lie one in another
     clamped: dict[str, int] = {}
     for name in names:
+        lies_beside(model.get_submodule(name.rpartition(".")[0] if name in parameters else name), additive, name)
+    for name in names:
         path, parameter = (name.rpartition(".")[0], name.rpartition(".")[2]) if name in parameters else (name, None)
         layers[name] = SliceLayer(inside.get(path, model.get_submodule(path)), additive, parameter)
         inside[path] = layers[name]
@@ -271,9 +286,9 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
     """
     output = getattr(model, "get_output_embeddings", lambda: None)() if targets == "all-linear" else None
     kinds = {name: kind_of(module) for name, module in model.named_modules() if name and module is not output}
-    linear = ("linear", "transposed", "hidden", "packed")
+    linear = ("linear", "transposed", "quantised", "hidden", "packed")
     found = {
-        name: kind.parameter
+        name: kind
         for name, kind in kinds.items()
         if kind is not None and (targets != "all-linear" or kind.layout in linear)
         if matches(name, targets) and not (exclude and matches(name, exclude))
@@ -284,8 +299,9 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
             f"target_modules={targets!r} matches no layer that can be trained ({TRAINABLE}); this model has for "
             f"example {some}."
         )
-    for name, parameter in found.items():
-        _check_tied(model, f"{name}.{parameter}")
+    for name, kind in found.items():
+        weight = place_of(model.get_submodule(name)) if kind.layout == "quantised" else None
+        _check_tied(model, f"{name}.{kind.parameter}", weight)
     return list(found)
 
 
@@ -326,8 +342,8 @@ def _is_own(model: nn.Module, parameter: str) -> bool:
     return kind is not None and kind.parameter == name
 
 
-def _check_tied(model: nn.Module, parameter: str) -> None:
-    sharing = shared_names(model, model.get_parameter(parameter))
+def _check_tied(model: nn.Module, parameter: str, weight: Tensor | None = None) -> None:
+    sharing = shared_names(model, model.get_parameter(parameter) if weight is None else weight)
     if len(sharing) > 1:
         raise ConfigError(
             f"{parameter.removesuffix('.weight')}: its weight is tied to "
@@ -338,7 +354,7 @@ def _check_tied(model: nn.Module, parameter: str) -> None:
 
 def linear_names(model: nn.Module) -> list[str]:
     """The last parts of the names of a model's supported layers, for messages: ``["key", "query", "value"]``."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if supports(module)})
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if trains(module)})
 
 
 def shared_names(model: nn.Module, weight: Any) -> list[str]:
@@ -371,6 +387,35 @@ def warn_about_clamped(clamped: dict[str, int]) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def merge_errors(model: nn.Module) -> dict[str, Requantised]:
+    """What merging the applied slices into quantised weights would lose, by layer; nothing is changed.
+
+    Args:
+        model: with slices, from `attach` or PEFT; layers whose weights are not quantised lose nothing and are left out.
+
+    Raises:
+        UnsupportedError: if a weight's format cannot be quantised anew.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SliceLayer)}
+    found = {name: layer.fold(write=False) for name, layer in layers.items() if layer.quantised}
+    return {name: lost for name, lost in found.items() if lost is not None}
+
+
+def warn_about_lost(lost: Mapping[str, Requantised]) -> None:
+    """Say what quantised weights lost when they took slices in."""
+    if not lost:
+        return
+    worst = max(lost, key=lambda name: lost[name].change)
+    weight, change = (statistics.median(getattr(one, what) for one in lost.values()) for what in ("weight", "change"))
+    warnings.warn(
+        f"SliceFine: {len(lost)} quantised weights took the slices in and were quantised anew. The error is "
+        f"{weight:.2g} of the weight and {change:.2g} of what was trained (medians; at most {lost[worst].change:.2g}, "
+        f"{worst}). Keep the adapter beside the base, or export it to LoRA, to lose nothing.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

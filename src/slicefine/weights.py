@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .errors import UnsupportedError
+from .errors import ConfigError, UnsupportedError
 from .geometry import Slice
+from .quantised import format_of, place_of
 
 __all__ = [
     "TRAINABLE",
@@ -18,12 +19,15 @@ __all__ = [
     "is_hidden",
     "is_transposed",
     "kind_of",
+    "lies_beside",
     "lines_of",
     "matrix_of",
     "supports",
+    "trains",
+    "value_dtype",
 ]
 
-TRAINABLE = "nn.Linear, Conv1D, nn.MultiheadAttention, nn.Embedding and convolution"
+TRAINABLE = "linear (nn.Linear, Conv1D, quantised), nn.MultiheadAttention, nn.Embedding and convolution"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -32,10 +36,10 @@ class WeightKind:
     """How a layer holds the matrix that slices are taken from.
 
     Attributes:
-        layout: ``"linear"`` (out, in); ``"transposed"`` (in, out); ``"hidden"``: linear, but used without a call of the
-            layer; ``"embedding"`` (tokens, features); ``"convolution"`` (out, in, kernel...); ``"packed"``: several
-            projections one above the other; ``"stack"`` (experts, out, in) and ``"stack transposed"``
-            (experts, in, out).
+        layout: ``"linear"`` (out, in); ``"transposed"`` (in, out); ``"quantised"``: linear, in a format that cannot
+            hold single trained lines; ``"hidden"``: linear, but used without a call of the layer; ``"embedding"``
+            (tokens, features); ``"convolution"`` (out, in, kernel...); ``"packed"``: several projections one above the
+            other; ``"stack"`` (experts, out, in) and ``"stack transposed"`` (experts, in, out).
         parameter: the weight's name in the layer.
         unit: columns that belong to one input feature: a convolution's kernel, or one per expert. Ranks of column
             slices count input features.
@@ -48,7 +52,7 @@ class WeightKind:
     @property
     def called(self) -> bool:
         """Whether the layer's output is its input times the matrix, so that a slice's gradient follows from both."""
-        return self.layout in ("linear", "transposed")
+        return self.layout in ("linear", "transposed", "quantised")
 
     @property
     def stacked(self) -> bool:
@@ -165,6 +169,8 @@ def kind_of(layer: nn.Module, parameter: str | None = None) -> WeightKind | None
     """
     if parameter is not None:
         return _kind_of_parameter(layer, parameter)
+    if format_of(layer) is not None:
+        return None if is_hidden(layer) else WeightKind("quantised")
     if not _is_plain(getattr(layer, "weight", None)) and not isinstance(layer, nn.MultiheadAttention):
         return None
     if is_transposed(layer):
@@ -208,7 +214,39 @@ def is_transposed(layer: nn.Module) -> bool:
 def supports(layer: nn.Module) -> bool:
     """Whether a layer is a dense linear map with a floating-point matrix that can be trained in place."""
     kind = kind_of(layer)
+    return kind is not None and kind.layout in ("linear", "transposed")
+
+
+def trains(layer: nn.Module) -> bool:
+    """Whether slices of a linear layer can be trained: in its weight (`supports`), or beside a quantised one."""
+    kind = kind_of(layer)
     return kind is not None and kind.called
+
+
+def lies_beside(layer: nn.Module, additive: bool | None, where: str) -> bool:
+    """Whether slices lie beside a layer's weight rather than in it: where it is quantised, and where one asks for it.
+
+    Args:
+        layer: one that `trains`.
+        additive: what the user asked for; None leaves it to the layer.
+        where: the layer's name, for messages.
+
+    Raises:
+        ConfigError: for ``additive=False`` over a quantised weight, which cannot hold single trained lines.
+    """
+    known = format_of(layer)
+    if known is not None and additive is False:
+        raise ConfigError(
+            f"{where}: additive=False writes slices into the weight, and this one is quantised ({known.name}). Leave "
+            "additive out (None), so that slices lie beside it, or load the model without quantisation."
+        )
+    return known is not None if additive is None else additive
+
+
+def value_dtype(layer: nn.Module) -> torch.dtype:
+    """The precision of a layer's trained values: its weight's, or what a quantised layer computes in."""
+    known = format_of(layer)
+    return place_of(layer).dtype if known is None else known.dtype(layer)
 
 
 def matrix_of(layer: nn.Module) -> Tensor:

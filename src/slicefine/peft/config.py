@@ -70,6 +70,9 @@ class SliceFineConfig(PeftConfig):
             settings can go in parallel and be put together (`slicefine compose`).
         start_values: what a slice starts from at its first visit: ``"pretrained"``, or, to study that, ``"zero"``,
             ``"xavier"``, ``"kaiming"`` or ``"lecun"``.
+        additive: leave the weights untouched and keep what slices change beside them, as differences; each visited line
+            then costs a little in every forward. None does so where the base is quantised, which needs it; True
+            everywhere. Not for random masks. Saving fills in what was done, and loading follows the file.
         seed: of random positions, masks, windows and start values.
         save_values: what a file holds of the last slice: ``"master"`` (its fp32 master, from which training goes on
             exactly) or ``"base"`` (the base's precision, as of all finished slices; smaller over half precision).
@@ -111,6 +114,7 @@ class SliceFineConfig(PeftConfig):
     reserve: Any = field(default=None, metadata={"help": "Adapters (folders) to keep out of, or their slices."})
     share: list[int] | None = field(default=None, metadata={"help": "[i, n]: part i of n of the positions."})
     start_values: str = field(default="pretrained", metadata={"help": "pretrained, zero, xavier, kaiming or lecun."})
+    additive: bool | None = field(default=None, metadata={"help": "Slices beside the weights; None: if quantised."})
     seed: int = field(default=0, metadata={"help": "Seed of random positions, masks and windows."})
     save_values: str = field(default="master", metadata={"help": "master or base: the last slice in a file."})
     history: int = field(default=8, metadata={"help": "How many moves can be undone."})
@@ -150,6 +154,10 @@ class SliceFineConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         if not isinstance(self.history, int) or isinstance(self.history, bool) or self.history < 0:
             raise ConfigError(f"history={self.history!r} must be an integer of at least 0.")
+        if self.additive not in (None, True, False):
+            raise ConfigError(f"additive={self.additive!r} must be true, false, or null (where the base is quantised).")
+        if self.additive and self.mode == "random_mask":
+            raise ConfigError("mode='random_mask' trains scattered entries in place; it cannot be additive.")
         if self.save_values not in ("master", "base"):
             raise ConfigError(f"save_values={self.save_values!r} is unknown; expected master or base.")
         self.reserve = owned_slices(self.reserve)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..functional import write_block
 from ..layer import SliceLayer
+from ..quantised import Requantised, place_of
 from ..schedule import Schedule
 
 __all__ = ["ParamWrapper", "SliceFineLinear"]
@@ -22,14 +23,22 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
 
     The dense weight holds the active adapters' values and nothing else: disabled, unloaded or with another adapter
     active, the base weights read as the originals. Merging therefore changes no weight; it only stops training.
+    Beside a quantised weight, too: only `merge_and_unload` writes to it, since quantising anew cannot be undone.
     """
 
     adapter_layer_names = ("slicefine_active",)
     other_param_names = ("states",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str | None = None) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        additive: bool | None = None,
+        parameter_name: str | None = None,
+    ) -> None:
         nn.Module.__init__(self)
-        self._init_slices(base_layer, parameter_name=parameter_name)
+        self._init_slices(base_layer, additive, parameter_name)
+        self.lost: Requantised | None = None  # when a quantised weight took the slices in
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -104,13 +113,14 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         # an active adapter that was not asked for leaves with the wrapper
         self.apply_only(self.merged_adapters if merge else [])
+        self.lost = self.fold()
+        self.unwrapped()
         if isinstance(self.base_layer, SliceFineLinear):
             return self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        for name, child in self.base_layer.named_children():  # an attention module's own projection: PEFT lost its path
-            if isinstance(child, SliceFineLinear):
-                setattr(
-                    self.base_layer, name, child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-                )
+        for name, child in self.base_layer.named_children():
+            if isinstance(child, SliceFineLinear):  # an attention module's own projection, whose path PEFT has lost
+                plain = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                setattr(self.base_layer, name, plain)
         return self.base_layer
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -132,7 +142,7 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """To the device only: the fp32 master over a half-precision base is on purpose (bf16 drops small updates)."""
         parameter = self.slicefine_active[adapter_name]
-        target = device if device is not None else self.get_base_layer().weight.device
+        target = device if device is not None else place_of(self.get_base_layer()).device
         if not parameter.is_meta and parameter.device != target:
             self.slicefine_active[adapter_name] = parameter.to(target)
         self.settle(adapter_name)
@@ -143,7 +153,7 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
                 "SliceFine: one batch with several adapters (adapter_names=...) is not possible, since all adapters "
                 "share the dense weight. Run one batch per adapter with set_adapter, which is cheap."
             )
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or (self.merged and self.packed is None):
             return self.base_layer(*args, **kwargs)
         return super().forward(*args, **kwargs)
 
@@ -155,5 +165,5 @@ class ParamWrapper(SliceFineLinear):
     """A module with slices of one of its parameters (``target_parameters``); PEFT knows such wrappers by this name."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str) -> None:
-        super().__init__(base_layer, adapter_name, parameter_name)
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name)
         self.parameter_name = parameter_name

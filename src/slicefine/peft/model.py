@@ -17,11 +17,12 @@ from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..layer import SliceLayer
 from ..mover import Mover, check_progress
+from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..state import read_sample
 from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, tensor_name, weight_facts
-from ..tuner import shared_names, warn_about_clamped
-from ..weights import TRAINABLE, kind_of
+from ..tuner import shared_names, warn_about_clamped, warn_about_lost
+from ..weights import TRAINABLE, kind_of, lies_beside
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
 from .layer import ParamWrapper, SliceFineLinear
@@ -114,13 +115,21 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        facts = (peft_config.weights or {}).get(current_key, {})
         wrapped = isinstance(target, SliceFineLinear) and (
             parameter_name is None or getattr(target, "parameter_name", None) == parameter_name
         )
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        additive = _additive(peft_config, base, facts, current_key)
         if wrapped:
             layer: Any = target
+            if additive != (layer.packed is not None):
+                raise ConfigError(
+                    f"{current_key}: adapter {adapter_name!r} has additive={additive}, and the adapters that the layer "
+                    f"has already have additive={not additive}; one layer keeps its slices in one place."
+                )
         else:
-            layer = self._new_layer(target, adapter_name, current_key, parameter_name)
+            layer = self._new_layer(target, adapter_name, current_key, parameter_name, additive)
         layer.update_layer(
             adapter_name,
             self._layer_schedule(peft_config, layer, current_key),
@@ -131,7 +140,6 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         )
         layout = (peft_config.layout or {}).get(current_key)
         if layout is not None:
-            facts = (peft_config.weights or {}).get(current_key, {})
             shapes = {kind: tuple(shape) for kind, shape in layout.items() if kind in KINDS}
             expect(layer, adapter_name, shapes, read_sample(facts, layer.shape, current_key))
         if layer is not target:
@@ -139,17 +147,20 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
-    def _new_layer(self, target: nn.Module, adapter_name: str, key: str, parameter_name: str | None) -> SliceFineLinear:
+    def _new_layer(
+        self, target: nn.Module, adapter_name: str, key: str, parameter_name: str | None, additive: bool
+    ) -> SliceFineLinear:
         """The layer with room for slices; what cannot be trained, or is tied to something else, is refused."""
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         kind = kind_of(base, parameter_name)
         if kind is None:
             raise UnsupportedError(
-                f"{key}: SliceFine trains floating-point weights of {TRAINABLE} layers, not {type(base).__name__}. "
+                f"{key}: SliceFine trains the weights of {TRAINABLE} layers, not {type(base).__name__}. "
                 f"Leave it out of target_{'modules' if parameter_name is None else 'parameters'}, or add it to "
                 "exclude_modules."
             )
-        weight, own = getattr(base, kind.parameter), tensor_name(key, kind.parameter)
+        weight = place_of(base) if kind.layout == "quantised" else getattr(base, kind.parameter)
+        own = tensor_name(key, kind.parameter)
         tied = [name for name in shared_names(self.model, weight) if name.replace(".base_layer", "") != own]
         if tied:
             raise ConfigError(
@@ -158,7 +169,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             )
         if parameter_name is not None:
             return ParamWrapper(target, adapter_name, parameter_name)
-        return SliceFineLinear(target, adapter_name)
+        return SliceFineLinear(target, adapter_name, additive)
 
     def _layer_schedule(self, config: SliceFineConfig, layer: SliceFineLinear, key: str) -> Schedule:
         """The layer's schedule; a rank that is too large is an error when it was named for this very layer."""
@@ -183,6 +194,15 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         setattr(parent, child_name, new_module)
         if isinstance(new_module, SliceFineLinear):
             new_module.train(child.training)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's; quantised weights are checked before the first one changes, and what they lost is said."""
+        layers = dict(_sliced_layers(self.model))
+        for layer in layers.values() if merge else ():
+            layer.check_fold()
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        warn_about_lost({name: layer.lost for name, layer in layers.items() if layer.lost is not None})
+        return model
 
     def __getattr__(self, name: str) -> Any:
         """Forward missing attributes to the wrapped model."""
@@ -296,6 +316,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         )
         result = {key: tensor for key, tensor in result.items() if f".{cls.prefix}{ORIGINALS}" not in key}
         config.layout, config.weights = {}, {}
+        beside = {layer.packed is not None for _, layer in layers}
+        config.additive = beside.pop() if len(beside) == 1 else None  # layer by layer: `weights`
         mover = next((layer.states[adapter_name].mover for _, layer in layers), None)
         config.progress = (None if mover is None else mover.sound_progress()) or None
         for path, layer in layers:
@@ -304,7 +326,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             path = path.removeprefix("base_model.model.")
             active = f"{path}.{cls.prefix}active"
             for key in [key for key in result if config.save_values == "base" and f".{active}" in f".{key}"]:
-                result[key] = result[key].to(layer._base_weight.dtype)
+                result[key] = result[key].to(layer.dense().dtype)
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
                 config.weights[name] = weight_facts(layer, adapter_name) | ({} if path == name else {"path": path})
@@ -349,6 +371,19 @@ def _sliced_layers(model: nn.Module, adapter_name: str | None = None) -> Iterato
             yield name, module
 
 
+def _additive(config: SliceFineConfig, base: nn.Module, facts: dict[str, Any], key: str) -> bool:
+    """Whether slices lie beside a layer's weight: as in the file that the adapter comes from, or else as configured."""
+    if not facts:
+        return lies_beside(base, config.additive, key)
+    found = bool(facts.get("additive", False))
+    if not found and format_of(base) is not None:
+        raise AdapterFileError(
+            f"{key}: the adapter's slices hold values of a weight that was not quantised, and this one is. Load it "
+            "onto the base without quantisation, or export it to LoRA (slicefine export), which fits both."
+        )
+    return found
+
+
 def _all_targets(configs: list[SliceFineConfig]) -> set[str] | str:
     """Target modules that select every layer of several configurations."""
     targets: list[Any] = [c.target_modules for c in configs]
@@ -367,4 +402,5 @@ def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
             layer.delete_slice(adapter_name)
         if not layer.states:
             parent, _, child = name.rpartition(".")
+            layer.unwrapped()
             setattr(model.get_submodule(parent), child, layer.get_base_layer())

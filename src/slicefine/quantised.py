@@ -1,0 +1,298 @@
+"""Quantised layers: how they are told, what they compute in, and their weight as a dense matrix and back.
+
+A quantised weight cannot hold single trained rows or columns, so slices lie beside it (`slicefine.packed`). Nothing of
+a format's library is imported here before one of its layers is there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UnsupportedError
+
+__all__ = ["Format", "Requantised", "format_of", "place_of", "prepare", "release", "requantise"]
+
+_TORCHAO = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
+_FLAG = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit, see `prepare`
+
+
+@dataclass(frozen=True)
+class Requantised:
+    """What writing a change into a quantised weight cost.
+
+    Attributes:
+        weight: norm of the error as a share of the norm of the weight that was wanted, dequantised plus change.
+        change: norm of the error as a share of the change's norm: above 1 more was lost than was trained.
+    """
+
+    weight: float
+    change: float
+
+
+class Format:
+    """One way of keeping weights; this one only runs forward, as GPTQ's and AWQ's layers do.
+
+    Attributes:
+        name: for messages.
+    """
+
+    name = "forward-only"
+
+    def owns(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` keeps its weight so: nn.Linear's sizes, and integers or one-byte floats for a weight."""
+        if type(layer) is nn.Linear:  # it could not run with such a weight
+            return False
+        sizes = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
+        return all(type(size) is int for size in sizes) and any(_is_packed(tensor) for tensor in _tensors(layer))
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        """The precision of what lies beside the weight: the layer's compute dtype, or its bias', or fp32."""
+        bias = getattr(layer, "bias", None)
+        found = (getattr(layer, "compute_dtype", None), getattr(bias, "dtype", None))
+        return next((d for d in found if isinstance(d, torch.dtype) and d.is_floating_point), torch.float32)
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise `UnsupportedError` unless `dense` and `store` work."""
+        raise UnsupportedError(
+            f"{type(layer).__name__} only runs forward: its weight cannot be quantised anew, so slices cannot be "
+            "merged into it. Keep the adapter beside it, or export it to LoRA (slicefine export)."
+        )
+
+    def dense(self, layer: nn.Module) -> Tensor:
+        """A copy of the weight as ``(out, in)`` floating-point values."""
+        raise NotImplementedError
+
+    def store(self, layer: nn.Module, weight: Tensor) -> None:
+        """Quantise ``weight``, ``(out, in)``, and make it the layer's own, with the settings that it has."""
+        raise NotImplementedError
+
+
+class _Readable(Format):
+    def check(self, layer: nn.Module) -> None:
+        return
+
+
+class _Bnb8bit(_Readable):
+    name = "bitsandbytes 8-bit"
+
+    def owns(self, layer: nn.Module) -> bool:
+        return _weight_is(layer, "bitsandbytes", "Int8Params")
+
+    def dense(self, layer: nn.Module) -> Tensor:
+        weight, state = _part(layer, "weight"), _part(layer, "state")
+        scale = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
+        if scale is None:  # not quantised yet, or kept in half precision
+            return _values(weight).clone()
+        rows: Tensor = scale.to(weight.device).view(-1, 1) / 127  # SCB: each row's largest value
+        return _values(weight).float() * rows
+
+    def store(self, layer: nn.Module, weight: Tensor) -> None:
+        old = _part(layer, "weight")
+        made = type(old)(weight.cpu(), requires_grad=False, has_fp16_weights=old.has_fp16_weights)
+        layer.weight = made.to(old.device)
+        _part(layer, "state").reset_grads()
+
+
+class _Bnb4bit(_Readable):
+    name = "bitsandbytes 4-bit"
+
+    def owns(self, layer: nn.Module) -> bool:
+        return _weight_is(layer, "bitsandbytes", "Params4bit")
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        state = getattr(layer.weight, "quant_state", None)
+        if getattr(layer, "compute_dtype", None) is None and state is not None:
+            return _half(state.dtype)
+        return super().dtype(layer)
+
+    def dense(self, layer: nn.Module) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = _part(layer, "weight")
+        if weight.quant_state is None:
+            return _values(weight).clone()
+        values: Tensor = dequantize_4bit(weight.detach(), weight.quant_state)
+        return values
+
+    def store(self, layer: nn.Module, weight: Tensor) -> None:
+        old = _part(layer, "weight")
+        state = old.quant_state
+        made = type(old)(
+            weight.to("cpu", _half(state.dtype)),
+            requires_grad=False,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+            module=layer,
+        )
+        layer.weight = made.to(old.device)
+
+
+class _TorchAO(Format):
+    name = "torchao"
+
+    def owns(self, layer: nn.Module) -> bool:
+        return _weight_is(layer, "torchao")
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        return _half(_part(layer, "weight").dtype)
+
+    def check(self, layer: nn.Module) -> None:
+        kind = type(layer.weight).__name__
+        if kind not in _TORCHAO:
+            raise UnsupportedError(
+                f"torchao's {kind} cannot be quantised anew from its own settings ({', '.join(_TORCHAO)} can), so "
+                "slices cannot be merged into it. Keep the adapter beside it, or export it to LoRA (slicefine export)."
+            )
+
+    def dense(self, layer: nn.Module) -> Tensor:
+        values: Tensor = _part(layer, "weight").dequantize()
+        return values.clone()
+
+    def store(self, layer: nn.Module, weight: Tensor) -> None:
+        old = _part(layer, "weight")
+        made = _torchao_like(old, weight.to(old.device, old.dtype))
+        layer.weight = nn.Parameter(made, requires_grad=False)
+
+
+class _HQQ(_Readable):
+    name = "HQQ"
+
+    def owns(self, layer: nn.Module) -> bool:
+        return hasattr(layer, "W_q") and hasattr(layer, "dequantize")
+
+    def dense(self, layer: nn.Module) -> Tensor:
+        values: Tensor = _part(layer, "dequantize")()
+        return values.detach().clone()
+
+    def store(self, layer: nn.Module, weight: Tensor) -> None:
+        settings = copy.deepcopy(_part(layer, "quant_config"))
+        del layer.W_q
+        _part(layer, "quantize")(weight, **settings)
+
+
+_FORMATS = (_Bnb8bit(), _Bnb4bit(), _TorchAO(), _HQQ(), Format())
+
+
+def format_of(layer: nn.Module) -> Format | None:
+    """How a layer keeps its quantised weight; None for every other layer.
+
+    Example:
+        >>> format_of(nn.Linear(2, 2)) is None
+        True
+    """
+    return next((known for known in _FORMATS if known.owns(layer)), None)
+
+
+def place_of(layer: nn.Module) -> Tensor:
+    """The tensor that says on which device a layer is: its weight, or the first one that it has instead."""
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(_tensors(layer))
+
+
+def prepare(layer: nn.Module) -> None:
+    """Keep a layer's weight as it is while slices train beside it.
+
+    On some CPUs bitsandbytes packs a 4-bit weight anew at the first forward in evaluation mode, for inference: that
+    layout has no backward, and the scales are rounded. It is switched off until `release`.
+    """
+    if getattr(layer, _FLAG, False):
+        setattr(layer, _FLAG, False)
+        layer.__dict__["_slicefine_released"] = True
+        if getattr(_part(layer, "weight").quant_state, "packing_format_for_cpu", False):
+            layer.state_dict()  # unpacks it
+
+
+def release(layer: nn.Module) -> None:
+    """Undo `prepare`."""
+    if layer.__dict__.pop("_slicefine_released", False):
+        setattr(layer, _FLAG, True)
+
+
+@torch.no_grad()
+def requantise(layer: nn.Module, change: Any, write: bool = True) -> Requantised:
+    """Write a change into a quantised weight: dequantise, add, quantise again with the same settings.
+
+    Args:
+        layer: a quantised layer.
+        change: what is added, with ``add_to`` (`slicefine.packed.PackedDelta`).
+        write: False leaves the weight as it is and only measures.
+
+    Returns:
+        The error, measured in fp32.
+
+    Raises:
+        UnsupportedError: if the format cannot be quantised anew.
+    """
+    known = format_of(layer)
+    assert known is not None
+    known.check(layer)
+    before = known.dense(layer).float()
+    wanted = before.clone()
+    change.add_to(wanted)
+    target = layer if write else copy.deepcopy(layer)
+    known.store(target, wanted)
+    error = float(torch.linalg.vector_norm(known.dense(target).float() - wanted))
+    size, moved = float(torch.linalg.vector_norm(wanted)), float(torch.linalg.vector_norm(wanted - before))
+    return Requantised(error / size if size else 0.0, error / moved if moved else 0.0)
+
+
+def _torchao_like(old: Any, weight: Tensor) -> Tensor:
+    """``weight`` in the format of ``old``, from the settings that a torchao tensor carries."""
+    from torchao.quantization import MappingType, PerBlock
+
+    block = tuple(old.block_size)
+    zeros = getattr(old, "zero_point", None)
+    mapping = MappingType.SYMMETRIC if zeros is None or not bool(zeros.any()) else MappingType.ASYMMETRIC
+    settings: dict[str, Any] = {
+        "Int8Tensor": {"granularity": PerBlock(block), "mapping_type": mapping},
+        "Float8Tensor": {"granularity": PerBlock(block), "float8_dtype": old.qdata.dtype},
+        "IntxUnpackedToInt8Tensor": {"block_size": block, "mapping_type": mapping},
+    }[type(old).__name__]
+    kept = (
+        "act_quant_kwargs",
+        "reduce_range",
+        "mm_config",
+        "kernel_preference",
+        "target_dtype",
+        "activation_quantization",
+    )
+    made: Tensor = type(old).from_hp(weight, **settings, **{n: getattr(old, n) for n in kept if hasattr(old, n)})
+    return made
+
+
+def _weight_is(layer: nn.Module, library: str, name: str | None = None) -> bool:
+    """Whether a layer's weight is of a class of ``library``, called ``name``; by name, so that nothing is imported."""
+    kinds = type(getattr(layer, "weight", None)).__mro__
+    return any(k.__module__.partition(".")[0] == library and name in (None, k.__name__) for k in kinds)
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    one_byte = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.dim() >= 2 and (one_byte or not (tensor.is_floating_point() or tensor.is_complex()))
+
+
+def _tensors(layer: nn.Module) -> Iterator[Tensor]:
+    yield from layer.parameters(recurse=False)
+    yield from layer.buffers(recurse=False)
+
+
+def _values(weight: Any) -> Tensor:
+    values: Tensor = weight.detach()
+    return values
+
+
+def _half(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
+
+
+def _part(layer: nn.Module, name: str) -> Any:
+    """An attribute of a layer whose class is another library's."""
+    return getattr(layer, name)
