@@ -374,6 +374,13 @@ class SliceLayer(nn.Module):
     def mark_synced(self, name: str) -> None:
         """Note that the weight holds the parameter's values as they are now."""
         self.states[name].mark_synced(self.slicefine_active[name])
+        self.states[name].base_version = self._base_version
+
+    @property
+    def _base_version(self) -> int:
+        """Changes when someone else writes into the weight; our own writes go past it."""
+        weight = self._base_weight
+        return 0 if weight.is_inference() else weight._version
 
     def write_views(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
         """The active block's views in the dense weight and in ``parameter``; None for a random mask.
@@ -410,6 +417,8 @@ class SliceLayer(nn.Module):
         if len(self.applied) > 1:  # the weight holds their sum: add them up anew
             with self.reverted():
                 return
+        if state.base_version != self._base_version:  # DDP brought rank 0's weights: what the slice replaced is theirs
+            state.journal.renew(self.dense())
         self.restore_fixed(name)
         write_block(self.dense(), state.journal.active, self.block(name), state.index)
         if state.previous is not None:
