@@ -202,6 +202,51 @@ def resume(mode: str, path: Path) -> tuple[nn.Module, SliceTuner, torch.optim.Op
     return model, tuner, optimizer
 
 
+# -- FSDP2 --------------------------------------------------------------------------------------------------------
+
+
+def _sharded(model: nn.Sequential, **settings: Any) -> Callable[[bool], Any]:
+    """Every layer a unit of its own, and the root; returns the context that keeps gradients local."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, **settings)
+    root = fully_shard(model, **settings)
+
+    def quiet(last: bool) -> Any:
+        root.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    return quiet
+
+
+def _full(found: Any) -> Any:
+    """Sharded tensors in what `facts` found, gathered."""
+    if isinstance(found, dict):
+        return {key: _full(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [_full(value) for value in found]
+    return found.full_tensor() if hasattr(found, "full_tensor") else found
+
+
+def _fsdp2(rank: int, mode: str, sharding: Found, **settings: Any) -> Found:
+    model, tuner = tune(mode, **settings)
+    quiet = _sharded(model, **sharding)
+    loop(model, adamw(tuner.parameters()), range(STEPS), rank, 2, quiet=quiet)
+    return _full(facts(tuner))
+
+
+def fsdp2(rank: int, folder: Path) -> Found:
+    """Every mode, parameters gathered again for backward; mlp's sizes 11 and 5 are odd."""
+    return {mode: _fsdp2(rank, mode, {"reshard_after_forward": True}) for mode in MODES}
+
+
+def fsdp2_kept(rank: int, folder: Path) -> Found:
+    """Parameters stay gathered between forward and backward."""
+    return {mode: _fsdp2(rank, mode, {"reshard_after_forward": False}) for mode in ("row", "column")}
+
+
 # -- Trainer ------------------------------------------------------------------------------------------------------
 
 

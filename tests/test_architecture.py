@@ -27,6 +27,7 @@ LADDER = [
     "functional",
     "journal",
     "delta",
+    "sharded",
     "state",
     "transfer",
     "layer",
@@ -44,6 +45,7 @@ ALLOWED["weights"] = set()
 ALLOWED["functional"] = {"errors", "geometry"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
+ALLOWED["sharded"] = {"errors", "geometry"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path

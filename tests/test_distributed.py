@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 pytestmark = THIRD_PARTY
 
-JOBS = ["ddp", "ddp_resumed", "ddp_unlike", "trainer_ddp", "trainer_ddp_resumed"]
+JOBS = ["ddp", "ddp_resumed", "ddp_unlike", "trainer_ddp", "trainer_ddp_resumed", "fsdp2", "fsdp2_kept"]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,18 @@ def test_a_checkpoint_of_one_process_goes_on_in_two(mode, found, alone):
 def test_ranks_that_attached_to_other_weights_get_those_of_rank_0(found, alone):
     for result in of(found, "ddp_unlike"):
         same_trajectory(result, alone["alternate"])
+
+
+@pytest.mark.parametrize("mode", jobs.MODES)
+def test_fsdp2_gives_the_trajectory_of_one_process(mode, found, alone):
+    for result in of(found, "fsdp2"):
+        same_trajectory(result[mode], alone[mode])
+
+
+@pytest.mark.parametrize("mode", ["row", "column"])
+def test_fsdp2_that_keeps_parameters_gathered(mode, found, alone):
+    for result in of(found, "fsdp2_kept"):
+        same_trajectory(result[mode], alone[mode])
 
 
 def same_run(one, other, losses=slice(None)):

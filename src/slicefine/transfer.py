@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from .errors import AdapterFileError
 from .functional import Matrix, read_block, write_block
 from .geometry import Slice, line_length
 from .journal import read_table
+from .packed import PackedDelta
 from .schedule import slice_at
+from .sharded import ShardedMatrix
 from .state import AdapterState, SampledEntry, base_sample, same_base
 
 __all__ = [
@@ -53,6 +55,8 @@ class Holder(Protocol):
     def transposed(self) -> bool: ...
     @property
     def weight(self) -> Tensor: ...
+    def values(self, name: str) -> Tensor: ...
+    def put(self, name: str, values: Tensor) -> None: ...
     def dense(self) -> Matrix: ...
     def reverted(self) -> AbstractContextManager[Matrix]: ...
     def apply_only(self, names: Sequence[str]) -> None: ...
@@ -190,14 +194,13 @@ def load_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
     for kind in KINDS:
         if kind in tensors:
             _stage(layer, name, kind, tensors[kind].to(device))
-    with torch.no_grad():
-        layer.slicefine_active[name].copy_(tensors["active"])
+    layer.put(name, tensors["active"])
     layer.settle(name)
 
 
 def install(layer: Holder, name: str) -> None:
     """Replace adapter ``name`` by the file tensors that were staged."""
-    state, parameter = layer.states[name], layer.slicefine_active[name]
+    state, parameter = layer.states[name], layer.values(name)
     tensors = {kind: t.detach() for kind, t in state.staged.items()}
     values = unpack(tensors, parameter, layer.shape, state.layer_name)
     names = layer.applied
@@ -248,10 +251,11 @@ def _check_base(layer: Holder, sample: list[SampledEntry]) -> None:
     Precisions may differ: values are compared with the tolerance of bfloat16.
     """
     weight = layer.dense()
-    if not sample or not isinstance(weight, Tensor):  # what lies beside a weight fits any
+    if not sample or isinstance(weight, PackedDelta):  # what lies beside a weight fits any
         return
     rows, columns = [entry.row for entry in sample], [entry.column for entry in sample]
-    found = [float(value) for value in weight[rows, columns].tolist()]
+    places = torch.tensor(rows), torch.tensor(columns)
+    found = (weight.at(*places) if isinstance(weight, ShardedMatrix) else cast(Tensor, weight)[places]).tolist()
     if not same_base(sample, found):
         raise AdapterFileError(
             f"{layer.label}: its weight is not the one that the adapter was trained on (it has {found[0]:.6g} at row "
