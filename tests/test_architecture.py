@@ -28,6 +28,7 @@ LADDER = [
     "functional",
     "journal",
     "delta",
+    "sharded",
     "state",
     "transfer",
     "layer",
@@ -46,6 +47,7 @@ ALLOWED["weights"] = {"errors", "geometry", "quantised"}
 ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
+ALLOWED["sharded"] = {"errors", "geometry"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path

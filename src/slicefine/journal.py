@@ -87,6 +87,17 @@ class Journal:
         self.applied = True
         return values
 
+    def renew(self, weight: Matrix) -> None:
+        """Take what the first slice replaced from the weight again, as long as no step changed it.
+
+        For whoever gets other weights after the slice was made: ranks to which DDP broadcasts those of rank 0.
+        """
+        if len(self.visits) == 1 and self.step == 0:
+            block = self.visits[0].slice
+            self._originals[block] = kept = read_block(weight, block).to("cpu", copy=True)
+            self._before.clear()
+            self._before.append(kept)
+
     def count_step(self) -> None:
         """Note that one optimizer step trained the active slice."""
         block, first, last = self.visits[-1]

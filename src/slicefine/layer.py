@@ -34,6 +34,7 @@ from .journal import visit_table
 from .packed import PackedDelta
 from .quantised import Requantised, format_of, place_of, prepare, release, requantise
 from .schedule import Schedule, check_positions, slice_at, slices_of_others, widened
+from .sharded import ShardedMatrix, is_sharded, put_whole, refuse_flattened, sharded_parameter, whole
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .weights import TRAINABLE, Stack, kind_of, lies_beside, value_dtype
@@ -96,10 +97,16 @@ class SliceLayer(nn.Module):
     # -- the weight -----------------------------------------------------------------------------------------------
 
     @property
-    def _base_weight(self) -> Tensor:
+    def _owner(self) -> nn.Module:
+        """The layer that has the weight: others of its parameters may have slices, too, in layers between."""
         layer = self.base_layer
         for _ in range(self.depth):
             layer = cast(nn.Module, layer.base_layer)
+        return layer
+
+    @property
+    def _base_weight(self) -> Tensor:
+        layer = self._owner
         return place_of(layer) if self.kind.layout == "quantised" else cast(Tensor, getattr(layer, self.kind.parameter))
 
     def dense(self) -> Matrix:
@@ -112,9 +119,34 @@ class SliceLayer(nn.Module):
         """
         return self._base_matrix() if self.packed is None else self.packed
 
-    def _base_matrix(self) -> Tensor | Stack:
+    def _base_matrix(self) -> Matrix:
+        stored = sharded_parameter(self._owner, self.kind.parameter)
+        if stored is not None:
+            if self.kind.layout == "convolution" or self.kind.stacked:
+                raise UnsupportedError(
+                    f"{self.label}: weights of convolutions and experts cannot be trained where FSDP2 spreads them "
+                    "over processes. Leave them out of the targets, or use DDP."
+                )
+            return ShardedMatrix(stored, self._base_weight, self.transposed)
         matrix = self.kind.matrix(self._base_weight.data)
         return Stack(matrix) if self.kind.stacked else matrix
+
+    def parameter(self, name: str) -> Tensor:
+        """Adapter ``name``'s parameter as optimizers hold it: under FSDP2 the sharded one, whatever forward sees."""
+        stored = sharded_parameter(self.slicefine_active, name)
+        return self.slicefine_active[name] if stored is None else stored
+
+    def values(self, name: str) -> Tensor:
+        """The values of adapter ``name``'s parameter: its own storage, or, if it is sharded, a gathered copy."""
+        return whole([self.parameter(name)])[0]
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Overwrite adapter ``name``'s parameter, or this process's part of it."""
+        parameter, shown = self.parameter(name), self.slicefine_active[name]
+        if is_sharded(parameter):
+            put_whole(parameter, shown, values)
+        elif values.data_ptr() != parameter.data_ptr():
+            parameter.data.copy_(values)
 
     @property
     def transposed(self) -> bool:
@@ -175,6 +207,12 @@ class SliceLayer(nn.Module):
         """Create adapter ``name`` at its first position, not applied, with the base's own values."""
         if name in self.states:
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
+        if is_sharded(self._base_weight):
+            raise UnsupportedError(
+                f"{layer_name}: its weight is spread over processes already, so the slice's parameter would be left "
+                "out of what synchronises them. Make the slices first (attach, get_peft_model), then fully_shard; "
+                "leave tensor parallelism out (tp_plan, parallelize_module)."
+            )
         schedule = self.fitted(schedule, layer_name)
         check_positions(schedule, self.shape, layer_name)
         if self.packed is not None:
@@ -306,23 +344,22 @@ class SliceLayer(nn.Module):
             self.apply_only(names)
 
     def block(self, name: str) -> Tensor:
-        """The active part of adapter ``name``'s parameter, without padding (shares its storage)."""
-        active = self.states[name].journal.active
-        parameter: Tensor = self.slicefine_active[name].data
-        if active.axis == "entries":
-            return parameter
-        return parameter[: active.width, : line_length(active.axis, self.shape)]
+        """The active part of adapter ``name``'s parameter, without padding: its own storage, or a copy (`values`)."""
+        return self._active_part(name, self.values(name))
 
-    def clear_padding(self, name: str) -> None:
-        """Zero what lies beyond the active block in adapter ``name``'s parameter."""
-        lines, length = self.block(name).shape
-        parameter: Tensor = self.slicefine_active[name].data
-        parameter[lines:] = 0
-        parameter[:, length:] = 0
+    def _active_part(self, name: str, values: Tensor) -> Tensor:
+        active = self.states[name].journal.active
+        return values if active.axis == "entries" else values[: active.width, : line_length(active.axis, self.shape)]
+
+    def clear_padding(self, name: str, values: Tensor) -> None:
+        """Zero what lies beyond the active block in adapter ``name``'s ``values``."""
+        lines, length = self._active_part(name, values).shape
+        values[lines:] = 0
+        values[:, length:] = 0
 
     def weight_block(self, name: str) -> Tensor:
         """What the dense weight holds at the active slice, shaped and typed like the parameter (padded)."""
-        state, parameter = self.states[name], self.slicefine_active[name]
+        state, parameter = self.states[name], self.parameter(name)
         values = read_block(self.dense(), state.journal.active, state.index)
         return pad_block(values, parameter.shape).to(parameter.dtype)
 
@@ -335,7 +372,9 @@ class SliceLayer(nn.Module):
             first = slice_at(state.schedule, 0, self.shape, state.layer_name)
             fixed = self.fixed_lines(name, first)
             return first.width * line_length(first.axis, self.shape) - (0 if fixed is None else int(fixed.sum()))
-        return self.block(name).numel() - self.fixed_entries(name)
+        active = state.journal.active
+        length = 1 if active.axis == "entries" else line_length(active.axis, self.shape)
+        return active.width * length - self.fixed_entries(name)
 
     def fixed_entries(self, name: str) -> int:
         """Entries of adapter ``name``'s slice that belong to other runs and stay as they are."""
@@ -414,21 +453,17 @@ class SliceLayer(nn.Module):
         state = self.states[name]
         schedule = state.schedule
         values = initial_block(schedule.start_values, block, self.shape, state.layer_name, schedule.seed)
-        with torch.no_grad():
-            self.block(name).copy_(values)
-            self.restore_fixed(name)
-        write_block(self.dense(), block, self.block(name), state.index)
-        self.mark_synced(name)
+        whole_values = self.values(name)
+        self._active_part(name, whole_values).copy_(values)
+        self.take(name, whole_values)
 
     def load_active(self, name: str) -> None:
         """Make parameter, index and content stamp agree with the journal's active slice."""
-        state, parameter = self.states[name], self.slicefine_active[name]
-        active = state.journal.active
+        state, parameter = self.states[name], self.parameter(name)
         parameter.grad = None  # it belonged to the slice that was there
         if not parameter.is_meta:
-            with torch.no_grad():
-                parameter.data.zero_()
-                self.block(name).copy_(read_block(self.dense(), active))
+            values = read_block(self.dense(), state.journal.active).to(parameter.dtype)
+            self.put(name, pad_block(values, parameter.shape))
         self.aim(name)
         state.previous = None
         self.mark_synced(name)
@@ -454,15 +489,27 @@ class SliceLayer(nn.Module):
 
     def mark_synced(self, name: str) -> None:
         """Note that the weight holds the parameter's values as they are now."""
-        self.states[name].mark_synced(self.slicefine_active[name])
+        self.states[name].mark_synced(self.parameter(name))
+        self.states[name].base_version = self._base_version
+
+    @property
+    def _base_version(self) -> tuple[int, int]:
+        """The weight's identity, and a number that someone else's writes change; our own go past it."""
+        weight = self._base_weight
+        return id(weight), 0 if weight.is_inference() else weight._version
+
+    def _others_wrote(self, name: str) -> bool:
+        """Whether someone wrote into the weight since adapter ``name`` was in sync with it."""
+        before, now = self.states[name].base_version, self._base_version
+        return before[0] == now[0] and before[1] != now[1]
 
     def write_views(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The active block's views in the dense weight and in ``parameter``; None for a random mask.
+        """The active block's views in the dense weight and in ``parameter``; None for masks and sharded weights.
 
         They are kept from step to step: only a move, or other storage under either of the two, makes new ones.
         """
         state = self.states[name]
-        if state.axis == "entries":
+        if state.axis == "entries" or is_sharded(parameter) or is_sharded(self._base_weight):
             return None
         if not state.views or state.views[0] != (self._place(), parameter.data_ptr()):
             view = self._view(state.journal.active)
@@ -480,11 +527,11 @@ class SliceLayer(nn.Module):
         if self.packed is not None:
             return self.packed.view(block)
         matrix = self._base_matrix()
-        return matrix.view(block) if isinstance(matrix, Stack) else block_view(matrix, block)
+        return matrix.view(block) if isinstance(matrix, Stack) else block_view(cast(Tensor, matrix), block)
 
     def _in_sync(self, name: str) -> bool:
-        state, parameter = self.states[name], self.slicefine_active[name]
-        return state.synced == (id(parameter), parameter._version)
+        parameter = self.parameter(name)
+        return self.states[name].synced == (id(parameter), parameter._version)
 
     def _sync(self, name: str) -> None:
         """Write the parameter into the weight if something changed it (an optimizer, a loader, an average)."""
@@ -494,21 +541,38 @@ class SliceLayer(nn.Module):
         if len(self.applied) > 1:  # the weight holds their sum: add them up anew
             with self.reverted():
                 return
-        self.restore_fixed(name)
-        write_block(self.dense(), state.journal.active, self.block(name), state.index)
+        if self._others_wrote(name):  # DDP brought rank 0's weights: what the slice replaced is theirs
+            state.journal.renew(self.dense())
+        self.take(name, self.values(name))
+
+    def take(self, name: str, values: Tensor) -> None:
+        """Bring the values of adapter ``name``'s parameter into the weight of an applied adapter.
+
+        Args:
+            name: the adapter.
+            values: see `values`; what belongs to others is restored in them.
+        """
+        state = self.states[name]
+        if is_sharded(self._base_weight) and not is_sharded(self.parameter(name)):
+            raise UnsupportedError(
+                f"{self.label}: FSDP2 shards the weight but not the slice's parameter, so nothing would add up the "
+                "processes' gradients. Leave slicefine_active out of ignored_params."
+            )
+        self.restore_fixed(name, values)
+        self.put(name, values)
+        write_block(self.dense(), state.journal.active, self._active_part(name, values), state.index)
         if state.previous is not None:
-            state.previous.copy_(self.slicefine_active[name].detach())
+            state.previous.copy_(values)
         self.mark_synced(name)
 
-    def restore_fixed(self, name: str) -> None:
-        """Take the values of entries that belong to others back from the weight, whatever wrote to the parameter."""
+    def restore_fixed(self, name: str, values: Tensor) -> None:
+        """Take what belongs to others back from the weight into adapter ``name``'s ``values``, whatever wrote to it."""
         state = self.states[name]
         if state.fixed is None or state.crossings == 0:
             return
-        with torch.no_grad():
-            block = self.block(name)
-            fixed = state.fixed[: block.shape[0], : block.shape[1]]
-            block.copy_(torch.where(fixed, read_block(self.dense(), state.journal.active).to(block.dtype), block))
+        block = self._active_part(name, values)
+        fixed = state.fixed[: block.shape[0], : block.shape[1]].to(block.device)
+        block.copy_(torch.where(fixed, read_block(self.dense(), state.journal.active).to(block), block))
 
     def settle(self, name: str) -> None:
         """Finish what had to wait: a base weight without values, a file's tensors, a parameter written elsewhere."""
@@ -597,7 +661,8 @@ class SliceLayer(nn.Module):
                 state.index = state.index.to(device)
                 state.fixed = None if state.fixed is None else state.fixed.to(device)
             if name in synced:  # the values are the same ones, elsewhere or in another precision
-                state.synced = (id(self.slicefine_active[name]), self.slicefine_active[name]._version)
+                state.synced = (id(self.parameter(name)), self.parameter(name)._version)
+                state.base_version = self._base_version
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -699,7 +764,11 @@ class SliceLayer(nn.Module):
         names = self.applied
         for name in names:
             state = self.states[name]
+            if state.index.device != self._base_weight.device:  # fully_shard moves parameters by themselves
+                self.aim(name)
             if state.staged or state.deferred or not self._in_sync(name):
+                if self.packed is None:  # a quantised weight may be a buffer
+                    refuse_flattened(self._base_weight, self.slicefine_active[name], self.label)
                 self.settle(name)
             state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names

@@ -21,6 +21,7 @@ from .errors import AdapterFileError, ConfigError, NumericalError, OptimizerErro
 from .geometry import Slice
 from .layer import SliceLayer
 from .schedule import POLICIES, Moves, plan_moves, wrap_visit
+from .sharded import whole
 from .state import AdapterState
 from .window import Window, places
 
@@ -291,20 +292,20 @@ class Mover:
             self.move()
 
     def _write_back(self, entries: list[_Entry]) -> None:
-        """One multi-tensor copy of all active blocks into their dense weights."""
-        self._rewarm(entries)
-        if self.settings.state_policy == "keep":  # moments of a row block would move the padding of a column block
-            for entry in entries:
-                entry.layer.clear_padding(self.name)
+        """One multi-tensor copy of all active blocks into their dense weights; one collective for sharded ones."""
+        whole_values = whole([entry.parameter for entry in entries])
         targets: list[Tensor] = []
         values: list[Tensor] = []
-        for entry in entries:
+        for entry, own in zip(entries, whole_values, strict=True):
+            self._rewarm(entry, own)
+            if self.settings.state_policy == "keep":  # moments of a row block would move the padding of a column block
+                entry.layer.clear_padding(self.name, own)
             views = entry.layer.write_views(self.name, entry.parameter)
             if views is None:
-                entry.layer._sync(self.name)
+                entry.layer.take(self.name, own)
             else:
                 if entry.state.crossings:  # others' entries: neither decay nor momentum moves them
-                    entry.layer.restore_fixed(self.name)
+                    entry.layer.restore_fixed(self.name, own)
                 targets.append(views[0])
                 values.append(views[1])
         if targets:
@@ -312,20 +313,19 @@ class Mover:
         for entry in entries:
             entry.state.mark_synced(entry.parameter)
 
-    def _rewarm(self, entries: list[_Entry]) -> None:
+    def _rewarm(self, entry: _Entry, values: Tensor) -> None:
         """Scale the updates of the first steps after a move, whatever the optimizer and its group's rate."""
         if self.settings.state_policy != "rewarm":
             return
-        for layer, state, whole in entries:
-            parameter = whole.data
-            visit = state.journal.visits[-1]
-            done = visit.last_step - visit.first_step + 2  # this step included
-            if len(state.journal.visits) > 1 and done < self.settings.rewarm_steps:
-                before = state.previous if state.previous is not None else layer.weight_block(self.name)
-                parameter.copy_(torch.lerp(before, parameter, done / self.settings.rewarm_steps))
-                state.previous = parameter.clone()
-            else:
-                state.previous = None
+        state = entry.state
+        visit = state.journal.visits[-1]
+        done = visit.last_step - visit.first_step + 2  # this step included
+        if len(state.journal.visits) > 1 and done < self.settings.rewarm_steps:
+            before = state.previous if state.previous is not None else entry.layer.weight_block(self.name)
+            values.copy_(torch.lerp(before, values, done / self.settings.rewarm_steps))
+            state.previous = values.clone()
+        else:
+            state.previous = None
 
     def _move(self, to: Mapping[str, Slice], optimizers: list[Optimizer]) -> None:
         layers = self._own()
@@ -351,7 +351,7 @@ class Mover:
             return
         for optimizer in optimizers:
             for layer in self._with_adapter():
-                reset_optimizer_state(optimizer, layer.slicefine_active[self.name])
+                reset_optimizer_state(optimizer, layer.parameter(self.name))
 
     # -- guards ---------------------------------------------------------------------------------------------------
 
@@ -364,7 +364,8 @@ class Mover:
                 )
 
     def _check_finite(self, layers: Mapping[str, SliceLayer]) -> None:
-        flags = {name: layer.block(self.name).isfinite().all() for name, layer in layers.items()}
+        blocks = whole([layer.parameter(self.name) for layer in layers.values()])
+        flags = {name: block.isfinite().all() for name, block in zip(layers, blocks, strict=True)}
         if flags and not bool(torch.stack([f.cpu() for f in flags.values()]).all()):
             bad = [name for name, flag in flags.items() if not flag]
             raise NumericalError(
@@ -469,7 +470,7 @@ class Mover:
     def _training(self) -> list[_Entry]:
         entries = []
         for layer, state in self._pairs():
-            parameter = layer.slicefine_active[self.name]
+            parameter = layer.parameter(self.name)
             if parameter.requires_grad and state.journal.applied:
                 entries.append(_Entry(layer, state, parameter))
         return entries

@@ -97,6 +97,7 @@ class AdapterState:
         self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
         self.stamp = new_stamp()
         self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
+        self.base_version = (0, 0)  # identity and version of the base weight at that time
         self.views: tuple[Any, ...] = ()  # see `SliceLayer.write_views`
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.file_cache: tuple[Any, dict[str, Tensor]] | None = None  # what a file gets, until the next write

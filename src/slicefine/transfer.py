@@ -16,6 +16,7 @@ from .geometry import Slice, line_length
 from .journal import read_table
 from .packed import PackedDelta
 from .schedule import slice_at
+from .sharded import ShardedMatrix
 from .state import AdapterState, SampledEntry, base_sample, same_base
 from .weights import WeightKind
 
@@ -55,6 +56,8 @@ class Holder(Protocol):
     def shape(self) -> tuple[int, int]: ...
     @property
     def transposed(self) -> bool: ...
+    def values(self, name: str) -> Tensor: ...
+    def put(self, name: str, values: Tensor) -> None: ...
     def dense(self) -> Matrix: ...
     def reverted(self) -> AbstractContextManager[Matrix]: ...
     def apply_only(self, names: Sequence[str]) -> None: ...
@@ -207,14 +210,13 @@ def load_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
     for kind in KINDS:
         if kind in tensors:
             _stage(layer, name, kind, tensors[kind].to(device))
-    with torch.no_grad():
-        layer.slicefine_active[name].copy_(tensors["active"])
+    layer.put(name, tensors["active"])
     layer.settle(name)
 
 
 def install(layer: Holder, name: str) -> None:
     """Replace adapter ``name`` by the file tensors that were staged."""
-    state, parameter = layer.states[name], layer.slicefine_active[name]
+    state, parameter = layer.states[name], layer.values(name)
     tensors = {kind: t.detach() for kind, t in state.staged.items()}
     values = unpack(tensors, parameter, layer.shape, state.layer_name)
     names = layer.applied
@@ -268,7 +270,8 @@ def _check_base(layer: Holder, sample: list[SampledEntry]) -> None:
     if not sample or isinstance(weight, PackedDelta):  # what lies beside a weight fits any
         return
     rows, columns = [entry.row for entry in sample], [entry.column for entry in sample]
-    found = [float(value) for value in cast(Tensor, weight)[rows, columns].tolist()]
+    places = torch.tensor(rows), torch.tensor(columns)
+    found = (weight.at(*places) if isinstance(weight, ShardedMatrix) else cast(Tensor, weight)[places]).tolist()
     if not same_base(sample, found):
         raise AdapterFileError(
             f"{layer.label}: its weight is not the one that the adapter was trained on (it has {found[0]:.6g} at row "

@@ -15,6 +15,7 @@ from typing import Any, cast
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed import get_rank
 
 from .delta import Delta
 from .errors import AdapterFileError, ConfigError
@@ -23,6 +24,7 @@ from .layer import SliceLayer
 from .mover import Mover, MoveSettings, check_progress
 from .quantised import Requantised, place_of
 from .schedule import Positions, Schedule
+from .sharded import is_sharded
 from .transfer import check_tensors, file_tensors, load_tensors
 from .weights import TRAINABLE, kind_of, lies_beside, trains
 from .window import make_window, places
@@ -66,7 +68,7 @@ class SliceTuner:
 
     def parameters(self) -> list[nn.Parameter]:
         """The persistent parameters to hand to an optimizer, one per layer."""
-        return [layer.slicefine_active[_NAME] for layer in self.layers.values()]
+        return [cast(nn.Parameter, layer.parameter(_NAME)) for layer in self.layers.values()]
 
     def move(self) -> None:
         """Freeze the active slices now and go on to the next ones."""
@@ -123,12 +125,17 @@ class SliceTuner:
         return self.model
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the slices and their journal to one safetensors file."""
+        """Write the slices and their journal to one safetensors file.
+
+        Under FSDP2 every process has to call it: the slices are gathered, and the first process writes.
+        """
         tensors = {}
         for name, layer in self.layers.items():
             for kind, tensor in file_tensors(layer, _NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
-            tensors[f"{name}.slicefine_active"] = layer.slicefine_active[_NAME].detach().contiguous().cpu()
+            tensors[f"{name}.slicefine_active"] = layer.values(_NAME).contiguous().cpu()
+        if any(is_sharded(layer.parameter(_NAME)) for layer in self.layers.values()) and get_rank() != 0:
+            return
         header = {"version": FORMAT_VERSION, "additive": self.additive, "progress": self.mover.sound_progress()}
         metadata = {"format": "pt", "slicefine": json.dumps(header)}
         target = Path(path)

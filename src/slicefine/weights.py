@@ -140,9 +140,9 @@ class Stack:
         first, count = block.start // self.experts, block.width // self.experts
         return self._stack.narrow(1, first, count).permute(1, 2, 0)
 
-    def __getitem__(self, at: tuple[list[int], list[int]]) -> Tensor:
+    def __getitem__(self, at: tuple[Tensor, Tensor]) -> Tensor:
         """Single entries, by their rows and columns."""
-        rows, columns = at[0], torch.tensor(at[1])
+        rows, columns = at
         return self._stack[rows, columns // self.experts, columns % self.experts]
 
     def read(self, block: Slice) -> Tensor:
