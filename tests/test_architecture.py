@@ -30,6 +30,7 @@ LADDER = [
     "state",
     "transfer",
     "layer",
+    "since",
     "mover",
     "tuner",
     "energy",
