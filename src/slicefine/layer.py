@@ -32,7 +32,7 @@ from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at, slices_of_others
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
-from .weights import is_transposed, supports
+from .weights import is_transposed, refuse_offloaded, supports
 from .window import Place
 
 __all__ = ["SliceLayer"]
@@ -60,6 +60,7 @@ class SliceLayer(nn.Module):
                 f"SliceFine trains the floating-point matrix of nn.Linear and Conv1D layers, not {type(base_layer)}. "
                 "Leave the layer out of target_modules."
             )
+        refuse_offloaded(base_layer, type(base_layer).__name__)
         self.base_layer = base_layer
         cast(Tensor, base_layer.weight).requires_grad_(False)
         weight = self._base_weight
@@ -171,7 +172,10 @@ class SliceLayer(nn.Module):
         for name in names:
             self.settle(name)
         self.requested = names if self._base_weight.is_meta else None
-        if names == self.applied or self._base_weight.is_meta:
+        if names == self.applied:
+            return
+        if self._base_weight.is_meta:
+            refuse_offloaded(self.base_layer, self.label)
             return
         weight, before = self.dense(), self.applied
         for name in reversed(before):
@@ -549,6 +553,8 @@ class SliceLayer(nn.Module):
 
     def _checked(self) -> list[str]:
         """The applied adapters, once the weight holds what they ask for."""
+        if self._base_weight.is_meta:
+            refuse_offloaded(self.base_layer, self.label)
         if self.requested is not None and not self._base_weight.is_meta:
             self.apply_only(self.requested)
         names = self.applied
