@@ -32,6 +32,7 @@ LADDER = [
     "state",
     "transfer",
     "layer",
+    "since",
     "mover",
     "tuner",
     "energy",

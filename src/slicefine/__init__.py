@@ -16,6 +16,7 @@ from .errors import (
 from .geometry import Slice
 from .mover import Mover, MoveSettings, movers_of
 from .schedule import Schedule
+from .since import apply_slices, delta_since
 from .tuner import SliceTuner, attach, merge_errors
 
 try:  # the core needs torch and safetensors only; with PEFT at hand, importing slicefine registers the method there
@@ -28,10 +29,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "apply_slices",
     "attach",
     "ConfigError",
     "ContentError",
     "DataError",
+    "delta_since",
     "energy_positions",
     "merge_errors",
     "Mover",

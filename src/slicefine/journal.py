@@ -44,6 +44,7 @@ class Journal:
     def __init__(self, history: int = 8) -> None:
         self.visits: list[Visit] = []
         self.applied = False
+        self.taken_back: list[Visit] = []  # by `undo`: nothing else says that their slices changed again
         self._originals: dict[Slice, Tensor] = {}
         self._trained: dict[Slice, Tensor] = {}
         # of the last visits: the whole block's values as lines, or, from a file, those of entries trained before (1-D)
@@ -126,7 +127,7 @@ class Journal:
         if before.dim() == 1:
             before = self._whole(last, before, slices, weight)
         write_block(weight, last.slice, before)
-        self.visits.pop()
+        self.taken_back.append(self.visits.pop())
         self._before.pop()
         if last.slice not in slices:
             self._originals.pop(last.slice)

@@ -37,7 +37,7 @@ from .schedule import Schedule, check_positions, slice_at, slices_of_others, wid
 from .sharded import ShardedMatrix, is_sharded, put_whole, refuse_flattened, sharded_parameter, whole
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
-from .weights import TRAINABLE, Stack, kind_of, lies_beside, value_dtype
+from .weights import TRAINABLE, Stack, kind_of, lies_beside, refuse_offloaded, value_dtype
 from .window import Place
 
 __all__ = ["SliceLayer"]
@@ -79,6 +79,7 @@ class SliceLayer(nn.Module):
                 f"{'' if parameter_name is None else f', parameter {parameter_name!r}'}. Leave it out of "
                 f"target_{'modules' if parameter_name is None else 'parameters'}."
             )
+        refuse_offloaded(innermost, type(innermost).__name__)
         self.kind = kind
         self.base_layer = base_layer
         self._base_weight.requires_grad_(False)
@@ -254,7 +255,10 @@ class SliceLayer(nn.Module):
         for name in names:
             self.settle(name)
         self.requested = names if self._base_weight.is_meta else None
-        if names == self.applied or self._base_weight.is_meta:
+        if names == self.applied:
+            return
+        if self._base_weight.is_meta:
+            refuse_offloaded(self.base_layer, self.label)
             return
         weight, before = self.dense(), self.applied
         for name in reversed(before):
@@ -759,6 +763,8 @@ class SliceLayer(nn.Module):
 
     def _checked(self) -> list[str]:
         """The applied adapters, once the weight holds what they ask for."""
+        if self._base_weight.is_meta:
+            refuse_offloaded(self.base_layer, self.label)
         if self.requested is not None and not self._base_weight.is_meta:
             self.apply_only(self.requested)
         names = self.applied

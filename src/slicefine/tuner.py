@@ -25,6 +25,7 @@ from .mover import Mover, MoveSettings, check_progress
 from .quantised import Requantised, place_of
 from .schedule import Positions, Schedule
 from .sharded import is_sharded
+from .since import delta_since
 from .transfer import check_tensors, file_tensors, load_tensors
 from .weights import TRAINABLE, kind_of, lies_beside, trains
 from .window import make_window, places
@@ -93,6 +94,10 @@ class SliceTuner:
             with layer.reverted() as weight:
                 result[name] = layer.deltas(_NAME, weight)
         return result
+
+    def delta_since(self, step: int, slices_only: bool = False) -> Delta:
+        """What changed after optimizer step ``step``, as values of the weights; see `slicefine.delta_since`."""
+        return delta_since(self.model, step, _NAME, slices_only)
 
     def slices(self) -> dict[str, list[Slice]]:
         """Every slice that was visited, by layer: for the ``reserve=`` of a run that must keep out of them."""

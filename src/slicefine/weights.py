@@ -22,6 +22,7 @@ __all__ = [
     "lies_beside",
     "lines_of",
     "matrix_of",
+    "refuse_offloaded",
     "supports",
     "trains",
     "value_dtype",
@@ -258,3 +259,19 @@ def matrix_of(layer: nn.Module) -> Tensor:
 def is_hidden(layer: nn.Module) -> bool:
     """Whether a layer's weight is used without a call of the layer: the output projection in nn.MultiheadAttention."""
     return isinstance(layer, NonDynamicallyQuantizableLinear)
+
+
+def refuse_offloaded(layer: nn.Module, where: str) -> None:
+    """Raise `UnsupportedError` if accelerate keeps a layer's weight elsewhere and brings a copy for each forward.
+
+    What a slice writes into such a copy is gone after the forward.
+    """
+    hook = getattr(layer, "_hf_hook", None)
+    offloaded = any(getattr(one, "offload", False) for one in getattr(hook, "hooks", (hook,)))
+    weight = getattr(layer, "weight", None)
+    if offloaded and isinstance(weight, Tensor) and weight.is_meta:
+        raise UnsupportedError(
+            f"{where}: its weight is offloaded (a device_map with 'cpu' or 'disk', cpu_offload, disk_offload), so a "
+            "slice of it cannot be trained or applied in place. Load the model without offloading, leave the layer out "
+            "of target_modules, or merge the adapter into the base's files first (slicefine merge)."
+        )

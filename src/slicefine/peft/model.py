@@ -20,7 +20,7 @@ from ..mover import Mover, check_progress
 from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..state import read_sample
-from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, tensor_name, weight_facts
+from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
 from ..tuner import shared_names, warn_about_clamped, warn_about_lost
 from ..weights import TRAINABLE, kind_of, lies_beside
 from .callback import SliceFineCallback
@@ -29,6 +29,10 @@ from .layer import ParamWrapper, SliceFineLinear
 from .registration import install_trainer_callback
 
 __all__ = ["SliceFineModel"]
+
+# TRL trains on from an adapter with a copy of it as the reference: it adds one of this name with the trained one's own
+# configuration object, and copies the parameters, which for slices are not all there is
+_REFERENCE = "ref"
 
 
 class SliceFineModel(BaseTuner):  # type: ignore[misc]
@@ -56,6 +60,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         """
         install_trainer_callback(SliceFineCallback)
         config: Any = self.peft_config[adapter_name]
+        twins = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
         if not config.inference_mode:  # a run's state must not leak into the user's object
             config = self.peft_config[adapter_name] = copy.copy(config)
         if next(_sliced_layers(model, adapter_name), None) is not None:
@@ -66,6 +71,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._check_reserve(model, adapter_name, config)
             self._make_mover(model, adapter_name, config)
+            if adapter_name == _REFERENCE and twins:
+                _copy_slices(model, twins[0], adapter_name)
         except Exception:
             _remove_adapter(model, adapter_name)
             for parameter in trained:
@@ -382,6 +389,13 @@ def _additive(config: SliceFineConfig, base: nn.Module, facts: dict[str, Any], k
             "onto the base without quantisation, or export it to LoRA (slicefine export), which fits both."
         )
     return found
+
+
+def _copy_slices(model: nn.Module, source: str, target: str) -> None:
+    """Make adapter ``target`` hold what ``source`` holds; both were made by one configuration."""
+    for _, layer in _sliced_layers(model, target):
+        active = layer.slicefine_active[source].detach().clone()
+        load_tensors(layer, target, file_tensors(layer, source) | {"active": active})
 
 
 def _all_targets(configs: list[SliceFineConfig]) -> set[str] | str:
