@@ -5,16 +5,24 @@ The oracle is a single process on the whole batch, which the other tests compare
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.testing import assert_close
 
 import distributed_jobs as jobs
+from core_helpers import lines_of
 from peft_helpers import THIRD_PARTY
+from slicefine.journal import read_table
 
 pytestmark = THIRD_PARTY
 
 JOBS = ["ddp", "ddp_resumed", "ddp_unlike", "trainer_ddp", "trainer_ddp_resumed", "fsdp2", "fsdp2_kept"]
+JOBS += ["fsdp2_variants", "fsdp2_precision", "fsdp2_saves", "fsdp2_resumed", "fsdp2_guards", "peft_fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +111,125 @@ def test_fsdp2_gives_the_trajectory_of_one_process(mode, found, alone):
 def test_fsdp2_that_keeps_parameters_gathered(mode, found, alone):
     for result in of(found, "fsdp2_kept"):
         same_trajectory(result[mode], alone[mode])
+
+
+@pytest.mark.parametrize("name", jobs.VARIANTS)
+def test_fsdp2_with_every_setting_that_touches_parameters(name, found):
+    expected = jobs.alone(**jobs.VARIANTS[name])
+    for result in of(found, "fsdp2_variants"):
+        same_trajectory(result[name], expected)
+
+
+@pytest.mark.parametrize("name", jobs.PRECISIONS)
+def test_fsdp2_in_mixed_precision(name, found):
+    expected = jobs.alone_rounded(name)
+    first = jobs.mlp(dtype=jobs.PRECISIONS[name])
+    for result in of(found, "fsdp2_precision"):
+        for layer, weight in enumerate(result[name]["weights"]):
+            assert weight.dtype == jobs.PRECISIONS[name]
+            assert_close(weight, expected["weights"][layer], atol=4e-3, rtol=2e-2)
+            assert (weight - first[2 * layer].weight).abs().max() > 0.02  # trained by more than that
+            block = read_table(result[name]["visits"][layer])[-1].slice
+            lines = lines_of(weight, block)
+            master = result[name]["active"][layer][: lines.shape[0], : lines.shape[1]]
+            assert torch.equal(master.to(weight.dtype), lines)
+
+
+def test_saving_on_the_way_disturbs_nothing(found, alone):
+    for result in of(found, "fsdp2_saves"):
+        same_trajectory(result, alone["alternate"])
+
+
+def test_a_sharded_run_writes_the_file_of_one_process(found, alone, folder):
+    of(found, "fsdp2_saves")
+    one, two = (load_file(folder / f"{name}.safetensors") for name in ("one-alternate", "sharded"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        assert tensor.dtype == two[key].dtype
+        assert_close(tensor, two[key])
+
+
+@pytest.mark.parametrize("name", ["before", "after", "dcp"])
+def test_a_sharded_run_resumes(name, found, alone):
+    """What one process wrote, read before or after sharding, and a sharded checkpoint."""
+    for result in of(found, "fsdp2_resumed"):
+        same_trajectory(result[name], alone["alternate"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # so it is
+@pytest.mark.parametrize("name", ["file", "dcp", "full"])
+def test_one_process_resumes_a_sharded_run(name, found, alone, folder):
+    of(found, "fsdp2_saves")
+    model, tuner = jobs.tune("alternate")
+    optimizer = jobs.adamw(tuner.parameters())
+    if name == "dcp":
+        jobs.from_dcp(model, optimizer, folder / "dcp")
+    else:
+        whole = torch.load(folder / "full.pt")
+        if name == "file":
+            tuner.load(folder / "sharded.safetensors")
+        else:
+            model.load_state_dict(whole["model"])
+        set_optimizer_state_dict(model, optimizer, whole["optimizer"], options=StateDictOptions(full_state_dict=True))
+    jobs.loop(model, optimizer, range(jobs.SAVED, jobs.STEPS))
+    same_trajectory(jobs.facts(tuner), alone["alternate"])
+
+
+def test_content_that_returns_before_backward_does_no_harm(found):
+    for result in of(found, "fsdp2_guards"):
+        for reshard in (True, False):
+            plain, disturbed = result[f"restored, {reshard}"]
+            for mine, its in zip(plain, disturbed, strict=True):
+                assert torch.equal(mine, its)
+                assert mine.abs().max() > 0
+
+
+def test_backward_over_other_content_is_refused(found):
+    for result in of(found, "fsdp2_guards"):
+        for reshard in (True, False):
+            assert "weights changed between forward and backward" in result[f"moved, {reshard}"]
+
+
+def test_disabled_slices_show_the_base_model(found):
+    for rank, result in enumerate(of(found, "fsdp2_guards")):
+        trained, plain, again, base = result["outputs"]
+        assert torch.equal(trained, again), rank
+        assert_close(plain, base)
+
+
+REFUSED = {
+    "attached too late": "Make the slices first .*, then fully_shard",
+    "tensor parallel": "leave tensor parallelism out",
+    "ignored": "Leave slicefine_active out of ignored_params",
+    "fsdp1": "Use FSDP2",
+    "fsdp1 with original parameters": "Use FSDP2",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_by_name(name, found):
+    for result in of(found, "fsdp2_guards"):
+        assert re.search(REFUSED[name], result[name])
+
+
+def test_peft_under_fsdp2_saves_the_adapter_of_one_process(found, folder):
+    model = get_peft_model(jobs.llama(), jobs.peft_config())
+    losses = jobs.peft_loop(model, 0, 1)
+    model.save_pretrained(folder / "peft-one")
+    ranks = [result["losses"] for result in of(found, "peft_fsdp2")]
+    assert [sum(pair) / 2 for pair in zip(*ranks, strict=True)] == pytest.approx(losses, abs=1e-4)
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in ("peft-one", "peft-two"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        assert_close(tensor, two[key], atol=1e-4, rtol=1e-3)
+    for name in ("peft-one", "peft-two"):
+        assert "layout" in (folder / name / "adapter_config.json").read_text()
+
+
+def test_saving_an_adapter_gathers_slices_and_no_weights(found):
+    smallest = 16 * 16 * 4  # bytes of the smallest weight
+    for result in of(found, "peft_fsdp2"):
+        assert 0 < result["largest"] < smallest
 
 
 def same_run(one, other, losses=slice(None)):

@@ -259,6 +259,8 @@ class Mover:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
             return
+        if _creates_state(optimizer, owned):
+            return
         self._write_back([entry for entry in owned if not entry.state.idle])
         if new_round:
             self._count_step()
@@ -526,6 +528,15 @@ def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
             value.zero_()
         else:
             state[key] = 0
+
+
+def _creates_state(optimizer: Optimizer, owned: list[_Entry]) -> bool:
+    """Whether a step was one that torch.distributed.checkpoint makes to create state: no rate, zeros as gradients."""
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0 for rate in rates):
+        return False
+    gradients = [entry.parameter.grad for entry in owned]
+    return not any(bool(gradient.any()) for gradient in whole([g for g in gradients if g is not None]))
 
 
 def movers_of(model: torch.nn.Module) -> list[Mover]:

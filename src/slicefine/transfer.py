@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .delta import KINDS, expected_shapes, pack, unpack
-from .errors import AdapterFileError
+from .errors import AdapterFileError, UnsupportedError
 from .functional import Matrix, read_block, write_block
 from .geometry import Slice, line_length
 from .journal import read_table
 from .packed import PackedDelta
 from .schedule import slice_at
-from .sharded import ShardedMatrix
+from .sharded import ShardedMatrix, is_sharded
 from .state import AdapterState, SampledEntry, base_sample, same_base
 from .weights import WeightKind
 
@@ -26,6 +26,7 @@ __all__ = [
     "AdapterTensors",
     "check_tensors",
     "expect",
+    "expect_checkpoint",
     "file_tensors",
     "install",
     "load_tensors",
@@ -108,6 +109,7 @@ class AdapterTensors(nn.Module):
 def file_tensors(layer: Holder, name: str) -> dict[str, Tensor]:
     """Tensors of adapter ``name`` for a file (see `slicefine.delta`), the active block left out."""
     state = layer.states[name]
+    _refuse_meta_shards(layer)
     if state.deferred or layer.slicefine_active[name].is_meta or state.layout.keys() - state.staged.keys():
         return _placeholders(state.layout) | state.staged  # a file is on its way: say what is expected
     layer.settle(name)
@@ -158,6 +160,8 @@ def _state_tensor(layer: Holder, name: str, kind: str) -> Tensor | None:
         return torch.empty(0)
     if kind != ORIGINALS:
         return file_tensors(layer, name).get(kind)
+    if ORIGINALS in layer.states[name].layout:
+        return _placeholders(layer.states[name].layout)[ORIGINALS]
     journal = layer.states[name].journal
     if not journal.applied:
         return None
@@ -165,10 +169,44 @@ def _state_tensor(layer: Holder, name: str, kind: str) -> Tensor | None:
         return torch.cat([read_block(weight, block).reshape(-1) for block in journal.slices()])
 
 
+def _refuse_meta_shards(layer: Holder) -> None:
+    """Accelerate's RAM-efficient loading broadcasts every tensor of a state dict as a shard, journals too."""
+    if layer.weight.is_meta and is_sharded(layer.weight):
+        raise UnsupportedError(
+            f"{layer.label}: the state dict of a sharded model without values (meta device) was asked for. Set "
+            "fsdp_cpu_ram_efficient_loading: false, or, without accelerate, fill the weights first."
+        )
+
+
 def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors of the right shape for loaders that look before they load; they are never written to a file."""
     types = {kind: torch.int64 if kind == "journal" else torch.float32 for kind in layout}
     return {kind: torch.empty(shape, dtype=types[kind]) for kind, shape in layout.items()}
+
+
+def expect_checkpoint(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Announce a checkpoint of a whole model, for loaders that read into the tensors of a state dict.
+
+    ``torch.distributed.checkpoint.load`` is one; a state dict then has room for all visits of the checkpoint. Call
+    it right before the state dict is made, and load the state dict into the model afterwards.
+
+    Args:
+        model: with slices.
+        shapes: of the checkpoint's tensors, by their names in the model's state dict.
+
+    Example:
+        >>> from torch.distributed.checkpoint import FileSystemReader
+        >>> def announce(model, path):
+        ...     found = FileSystemReader(path).read_metadata().state_dict_metadata
+        ...     expect_checkpoint(model, {k.removeprefix("model."): v.size for k, v in found.items() if "slicefine_" in k})
+    """
+    for prefix, layer in model.named_modules():
+        if not hasattr(layer, "slicefine_active"):
+            continue
+        holder = cast(Holder, layer)
+        for name in holder.states:
+            keys = {kind: f"{prefix}.slicefine_{kind}.{name}".lstrip(".") for kind in (*KINDS, ORIGINALS)}
+            expect(holder, name, {kind: tuple(shapes[key]) for kind, key in keys.items() if key in shapes})
 
 
 # -- in -----------------------------------------------------------------------------------------------------------

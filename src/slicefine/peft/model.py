@@ -19,6 +19,7 @@ from ..layer import SliceLayer
 from ..mover import Mover, check_progress
 from ..quantised import format_of, place_of
 from ..schedule import Schedule
+from ..sharded import whole
 from ..state import read_sample
 from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
 from ..tuner import shared_names, warn_about_clamped, warn_about_lost
@@ -332,8 +333,10 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             name = layer.states[adapter_name].layer_name
             path = path.removeprefix("base_model.model.")
             active = f"{path}.{cls.prefix}active"
-            for key in [key for key in result if config.save_values == "base" and f".{active}" in f".{key}"]:
-                result[key] = result[key].to(layer.dense().dtype)
+            for key in [key for key in result if f".{active}" in f".{key}"]:
+                result[key] = whole([result[key]])[0]  # under FSDP2: gathered, like the finished slices
+                if config.save_values == "base":
+                    result[key] = result[key].to(layer.dense().dtype)
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
                 config.weights[name] = weight_facts(layer, adapter_name) | ({} if path == name else {"path": path})
