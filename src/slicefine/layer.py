@@ -60,7 +60,6 @@ class SliceLayer(nn.Module):
                 f"SliceFine trains the floating-point matrix of nn.Linear and Conv1D layers, not {type(base_layer)}. "
                 "Leave the layer out of target_modules."
             )
-        refuse_offloaded(base_layer, type(base_layer).__name__)
         self.base_layer = base_layer
         cast(Tensor, base_layer.weight).requires_grad_(False)
         weight = self._base_weight
