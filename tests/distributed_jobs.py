@@ -275,7 +275,7 @@ def fsdp2_variants(rank: int, folder: Path) -> Found:
 
 
 def fsdp2_precision(rank: int, folder: Path) -> Found:
-    """Computed in bfloat16 over fp32 shards; and fp32 masters over bfloat16 shards. SGD: Adam would amplify rounding."""
+    """Computed in bfloat16 over fp32 shards; and fp32 masters over bfloat16 shards. By SGD: Adam amplifies rounding."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     found: Found = {}
@@ -421,7 +421,7 @@ def _ignored(x: Tensor, y: Tensor) -> None:
 def _fsdp1(x: Tensor, **settings: Any) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model, tuner = tune("row")
+    model, _ = tune("row")
     model.requires_grad_(True)
     FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)(x)
 

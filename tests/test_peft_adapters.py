@@ -36,7 +36,7 @@ def two_adapters(mode: str = "alternate", dtype: torch.dtype = torch.float32) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
-def test_unload_restores_every_base_weight_bit_for_bit(mode: str, dtype: torch.dtype):
+def test_unload_restores_everybase_weight_bit_for_bit(mode: str, dtype: torch.dtype):
     before = weights(llama(dtype))
     model = get_peft_model(llama(dtype), config(mode))
     train(model)
@@ -47,7 +47,7 @@ def test_unload_restores_every_base_weight_bit_for_bit(mode: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_base_weights_are_the_originals_wherever_peft_promises_it(mode: str):
+def testbase_weights_are_the_originals_wherever_peft_promises_it(mode: str):
     before = weights(llama())
     model = two_adapters(mode)
     second = weights(model)

@@ -79,12 +79,11 @@ class SliceLayer(nn.Module):
                 f"{'' if parameter_name is None else f', parameter {parameter_name!r}'}. Leave it out of "
                 f"target_{'modules' if parameter_name is None else 'parameters'}."
             )
-        refuse_offloaded(innermost, type(innermost).__name__)
         self.kind = kind
         self.base_layer = base_layer
-        self._base_weight.requires_grad_(False)
+        self.base_weight.requires_grad_(False)
         prepare(base_layer)
-        place = self._base_weight.device
+        place = self.base_weight.device
         self.packed = PackedDelta(self._own_shape(), value_dtype(base_layer), place) if additive else None
         self.states: dict[str, AdapterState] = {}
         self._order: list[str] = []  # adapters in the order of their last application
@@ -106,7 +105,8 @@ class SliceLayer(nn.Module):
         return layer
 
     @property
-    def _base_weight(self) -> Tensor:
+    def base_weight(self) -> Tensor:
+        """The base layer's own parameter (of some quantised formats: the tensor that says where they are)."""
         layer = self._owner
         return place_of(layer) if self.kind.layout == "quantised" else cast(Tensor, getattr(layer, self.kind.parameter))
 
@@ -128,8 +128,8 @@ class SliceLayer(nn.Module):
                     f"{self.label}: weights of convolutions and experts cannot be trained where FSDP2 spreads them "
                     "over processes. Leave them out of the targets, or use DDP."
                 )
-            return ShardedMatrix(stored, self._base_weight, self.transposed)
-        matrix = self.kind.matrix(self._base_weight.data)
+            return ShardedMatrix(stored, self.base_weight, self.transposed)
+        matrix = self.kind.matrix(self.base_weight.data)
         return Stack(matrix) if self.kind.stacked else matrix
 
     def parameter(self, name: str) -> Tensor:
@@ -162,14 +162,14 @@ class SliceLayer(nn.Module):
     def _own_shape(self) -> tuple[int, int]:
         if self.kind.layout == "quantised":  # a packed weight has another shape
             return int(cast(int, self.base_layer.out_features)), int(cast(int, self.base_layer.in_features))
-        return self.kind.shape(self._base_weight)
+        return self.kind.shape(self.base_weight)
 
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for models that look at it (its dtype, its device), or use it without a call."""
         if self.kind.layout == "hidden":
             return self._tracked_weight()
-        return cast(Tensor, self.base_layer.weight) if self.kind.layout == "quantised" else self._base_weight
+        return cast(Tensor, self.base_layer.weight) if self.kind.layout == "quantised" else self.base_weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -208,7 +208,7 @@ class SliceLayer(nn.Module):
         """Create adapter ``name`` at its first position, not applied, with the base's own values."""
         if name in self.states:
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
-        if is_sharded(self._base_weight):
+        if is_sharded(self.base_weight):
             raise UnsupportedError(
                 f"{layer_name}: its weight is spread over processes already, so the slice's parameter would be left "
                 "out of what synchronises them. Make the slices first (attach, get_peft_model), then fully_shard; "
@@ -222,9 +222,9 @@ class SliceLayer(nn.Module):
         shape = schedule.block_shape(self.shape)
         dtype = self.dense().dtype
         master = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        self.slicefine_active[name] = nn.Parameter(torch.zeros(shape, dtype=master, device=self._base_weight.device))
+        self.slicefine_active[name] = nn.Parameter(torch.zeros(shape, dtype=master, device=self.base_weight.device))
         self.states[name] = state
-        state.deferred = self._base_weight.is_meta
+        state.deferred = self.base_weight.is_meta
         if not state.deferred:
             with self.reverted():
                 self.begin(name, slice_at(schedule, 0, self.shape, layer_name))
@@ -254,10 +254,10 @@ class SliceLayer(nn.Module):
         names = [name for name in names if name in self.states]
         for name in names:
             self.settle(name)
-        self.requested = names if self._base_weight.is_meta else None
+        self.requested = names if self.base_weight.is_meta else None
         if names == self.applied:
             return
-        if self._base_weight.is_meta:
+        if self.base_weight.is_meta:
             refuse_offloaded(self.base_layer, self.label)
             return
         weight, before = self.dense(), self.applied
@@ -481,13 +481,13 @@ class SliceLayer(nn.Module):
         if not state.journal.visits:  # the weight has no values yet
             return
         state.views = ()
-        state.index = line_index(state.journal.active, self.shape).to(self._base_weight.device)
+        state.index = line_index(state.journal.active, self.shape).to(self.base_weight.device)
         state.axis = state.journal.active.axis
         fixed = self.fixed_lines(name, state.journal.active)
         if fixed is not None:
             room = self.slicefine_active[name].shape
             state.crossings = int(fixed.sum())
-            state.fixed = pad_block(fixed, room).to(self._base_weight.device)
+            state.fixed = pad_block(fixed, room).to(self.base_weight.device)
 
     # -- keeping the weight in step with the parameter ------------------------------------------------------------
 
@@ -499,7 +499,7 @@ class SliceLayer(nn.Module):
     @property
     def _base_version(self) -> tuple[int, int]:
         """The weight's identity, and a number that someone else's writes change; our own go past it."""
-        weight = self._base_weight
+        weight = self.base_weight
         return id(weight), 0 if weight.is_inference() else weight._version
 
     def _others_wrote(self, name: str) -> bool:
@@ -513,7 +513,7 @@ class SliceLayer(nn.Module):
         They are kept from step to step: only a move, or other storage under either of the two, makes new ones.
         """
         state = self.states[name]
-        if state.axis == "entries" or is_sharded(parameter) or is_sharded(self._base_weight):
+        if state.axis == "entries" or is_sharded(parameter) or is_sharded(self.base_weight):
             return None
         if not state.views or state.views[0] != (self._place(), parameter.data_ptr()):
             view = self._view(state.journal.active)
@@ -525,7 +525,7 @@ class SliceLayer(nn.Module):
 
     def _place(self) -> int:
         """Changes when views of the weight, or of what lies beside it, do not hold any more."""
-        return self._base_weight.data_ptr() if self.packed is None else self.packed.version
+        return self.base_weight.data_ptr() if self.packed is None else self.packed.version
 
     def _view(self, block: Slice) -> Tensor | None:
         if self.packed is not None:
@@ -557,7 +557,7 @@ class SliceLayer(nn.Module):
             values: see `values`; what belongs to others is restored in them.
         """
         state = self.states[name]
-        if is_sharded(self._base_weight) and not is_sharded(self.parameter(name)):
+        if is_sharded(self.base_weight) and not is_sharded(self.parameter(name)):
             raise UnsupportedError(
                 f"{self.label}: FSDP2 shards the weight but not the slice's parameter, so nothing would add up the "
                 "processes' gradients. Leave slicefine_active out of ignored_params."
@@ -581,10 +581,10 @@ class SliceLayer(nn.Module):
     def settle(self, name: str) -> None:
         """Finish what had to wait: a base weight without values, a file's tensors, a parameter written elsewhere."""
         state = self.states[name]
-        if self._base_weight.is_meta:
+        if self.base_weight.is_meta:
             return
         if self.packed is not None and self.packed.device.type == "meta":  # the base has come
-            self.packed = PackedDelta(self.shape, value_dtype(self.base_layer), self._base_weight.device)
+            self.packed = PackedDelta(self.shape, value_dtype(self.base_layer), self.base_weight.device)
         if state.deferred and "journal" not in state.staged:
             with self.reverted():
                 self.begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
@@ -656,7 +656,7 @@ class SliceLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SliceLayer:
         synced = {name for name in self.states if self._in_sync(name)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self._base_weight.device
+        device = self.base_weight.device
         if self.packed is not None:
             self.packed.map(fn)
         for name, state in self.states.items():
@@ -739,17 +739,17 @@ class SliceLayer(nn.Module):
     def _tracked_weight(self) -> Tensor:
         """The base weight with the active slice's gradient attached, where one is wanted."""
         if not torch.is_grad_enabled() or not self.states:
-            return self._base_weight
+            return self.base_weight
         names = self.applied if torch.compiler.is_compiling() else self._checked()
         trained = self._trained(names)
-        return self._tracked(names, trained[0]) if trained else self._base_weight
+        return self._tracked(names, trained[0]) if trained else self.base_weight
 
     def _tracked(self, names: list[str], trained: str) -> Tensor:
         state, parameter = self.states[trained], self.slicefine_active[trained]
         if len(names) > 1:
-            return self._refused(self._base_weight, parameter)
+            return self._refused(self.base_weight, parameter)
         owner = None if torch.compiler.is_compiling() else self
-        return track_weight(self._base_weight, parameter, state.index, state.axis, self.kind, owner, state.fixed)
+        return track_weight(self.base_weight, parameter, state.index, state.axis, self.kind, owner, state.fixed)
 
     def __getattr__(self, name: str) -> Any:
         """What this layer has not is the base layer's: models look at their layers' attributes."""
@@ -763,18 +763,18 @@ class SliceLayer(nn.Module):
 
     def _checked(self) -> list[str]:
         """The applied adapters, once the weight holds what they ask for."""
-        if self._base_weight.is_meta:
+        if self.base_weight.is_meta:
             refuse_offloaded(self.base_layer, self.label)
-        if self.requested is not None and not self._base_weight.is_meta:
+        if self.requested is not None and not self.base_weight.is_meta:
             self.apply_only(self.requested)
         names = self.applied
         for name in names:
             state = self.states[name]
-            if state.index.device != self._base_weight.device:  # fully_shard moves parameters by themselves
+            if state.index.device != self.base_weight.device:  # fully_shard moves parameters by themselves
                 self.aim(name)
             if state.staged or state.deferred or not self._in_sync(name):
                 if self.packed is None:  # a quantised weight may be a buffer
-                    refuse_flattened(self._base_weight, self.slicefine_active[name], self.label)
+                    refuse_flattened(self.base_weight, self.slicefine_active[name], self.label)
                 self.settle(name)
             state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names

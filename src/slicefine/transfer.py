@@ -57,6 +57,8 @@ class Holder(Protocol):
     def shape(self) -> tuple[int, int]: ...
     @property
     def transposed(self) -> bool: ...
+    @property
+    def base_weight(self) -> Tensor: ...
     def values(self, name: str) -> Tensor: ...
     def put(self, name: str, values: Tensor) -> None: ...
     def dense(self) -> Matrix: ...
@@ -171,7 +173,8 @@ def _state_tensor(layer: Holder, name: str, kind: str) -> Tensor | None:
 
 def _refuse_meta_shards(layer: Holder) -> None:
     """Accelerate's RAM-efficient loading broadcasts every tensor of a state dict as a shard, journals too."""
-    if layer.weight.is_meta and is_sharded(layer.weight):
+    weight = layer.base_weight
+    if weight.is_meta and is_sharded(weight):
         raise UnsupportedError(
             f"{layer.label}: the state dict of a sharded model without values (meta device) was asked for. Set "
             "fsdp_cpu_ram_efficient_loading: false, or, without accelerate, fill the weights first."
@@ -198,7 +201,8 @@ def expect_checkpoint(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
         >>> from torch.distributed.checkpoint import FileSystemReader
         >>> def announce(model, path):
         ...     found = FileSystemReader(path).read_metadata().state_dict_metadata
-        ...     expect_checkpoint(model, {k.removeprefix("model."): v.size for k, v in found.items() if "slicefine_" in k})
+        ...     own = {name.removeprefix("model."): facts for name, facts in found.items() if "slicefine_" in name}
+        ...     expect_checkpoint(model, {name: facts.size for name, facts in own.items()})
     """
     for prefix, layer in model.named_modules():
         if not hasattr(layer, "slicefine_active"):

@@ -132,7 +132,7 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
                 from ..functional import read_block
 
                 write_block(delta, block, read_block(delta, block) + values)
-        return self.kind.like_weight(delta, self._base_weight)
+        return self.kind.like_weight(delta, self.base_weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.kind.called
