@@ -33,6 +33,7 @@ LADDER = [
     "transfer",
     "layer",
     "since",
+    "coupling",
     "mover",
     "tuner",
     "energy",
@@ -48,6 +49,7 @@ ALLOWED["weights"] = {"errors", "geometry", "quantised"}
 ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
+ALLOWED["coupling"] = {"errors", "schedule", "weights", "window"}
 ALLOWED["sharded"] = {"errors", "geometry"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}

@@ -66,6 +66,7 @@ class Schedule:
         share_visits: visits that each of those runs makes at most; None: any number, for one orientation only.
         start_values: what a slice starts from when it is first visited: ``"pretrained"``, or, to study that,
             ``"zero"``, ``"xavier"``, ``"kaiming"`` or ``"lecun"`` (Appendix D.2).
+        order_of: whose random order this layer takes; None means its own (`slicefine.coupling`).
 
     Example:
         >>> schedule = Schedule(mode="alternate", row_rank=5, column_rank=5)
@@ -83,6 +84,7 @@ class Schedule:
     share: tuple[int, int] | None = None
     share_visits: int | None = None
     start_values: str = "pretrained"
+    order_of: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -226,7 +228,7 @@ def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str 
     if schedule.positions == "fixed":
         number = 0
     elif schedule.positions == "random":
-        generator = torch.Generator().manual_seed(_seed(schedule.seed, layer + axis, cycle))
+        generator = torch.Generator().manual_seed(_seed(schedule.seed, schedule.order_of or layer + axis, cycle))
         number = int(torch.randperm(len(starts), generator=generator)[number])
     chosen = Slice(axis, int(starts[number]), width)
     chosen.check(shape, f"positions list, layer {layer!r}, visit {visit}")

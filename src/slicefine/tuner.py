@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed import get_rank
 
+from .coupling import fitted, structure
 from .delta import Delta
 from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
@@ -206,6 +207,8 @@ def attach(
     reserve: Mapping[str, Sequence[Slice]] | None = None,
     share: tuple[int, int] | None = None,
     start_values: str = "pretrained",
+    whole_heads: bool = False,
+    coupled: bool = False,
     **moves: Any,
 ) -> SliceTuner:
     """Train one slice of each chosen layer of any model, in place.
@@ -233,6 +236,9 @@ def attach(
             out of their rows and columns, and leaves entries as they are where a row crosses a column of theirs.
         share: ``(i, n)``: train the i-th of n parts of the positions (i from 0), beside n - 1 other runs.
         start_values: what a slice starts from; see `Schedule`.
+        whole_heads: slices of attention's projections are whole heads: ranks are rounded up to the head size.
+        coupled: train both sides of the same hidden units at a time, with ``r_row``: rows of up with the columns of
+            down, rows of values with the columns of outputs.
         **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps.
 
     Raises:
@@ -264,6 +270,7 @@ def attach(
             f"attach: reserve= speaks of {next(iter(schedule.reserve))!r}, ..., and none of its layers is trained here "
             f"({names[0]}, ...)."
         )
+    asked = structure(model, whole_heads, coupled)
     layers: dict[str, SliceLayer] = {}
     inside: dict[str, SliceLayer] = {}  # by the module's place: several parameters of one module lie one in another
     clamped: dict[str, int] = {}
@@ -273,9 +280,10 @@ def attach(
         path, parameter = (name.rpartition(".")[0], name.rpartition(".")[2]) if name in parameters else (name, None)
         layers[name] = SliceLayer(inside.get(path, model.get_submodule(path)), additive, parameter)
         inside[path] = layers[name]
-        found = layers[name].fitted(schedule, name).clamped(layers[name].shape)
+        own = fitted(schedule, asked.get(name), name, layers[name].shape)
+        found = layers[name].fitted(own, name).clamped(layers[name].shape)
         clamped |= {} if found is None else {name: found[1]}
-        layers[name].add_slice(_NAME, schedule, name, history)
+        layers[name].add_slice(_NAME, own, name, history)
         layers[name].apply_only([_NAME])
     if not train_rest:
         model.requires_grad_(False)

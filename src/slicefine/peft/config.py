@@ -73,6 +73,9 @@ class SliceFineConfig(PeftConfig):
         additive: leave the weights untouched and keep what slices change beside them, as differences; each visited line
             then costs a little in every forward. None does so where the base is quantised, which needs it; True
             everywhere. Not for random masks. Saving fills in what was done, and loading follows the file.
+        whole_heads: slices of attention's projections are whole heads: ranks are rounded up to the head size.
+        coupled: train both sides of the same hidden units at a time: rows of up (and gate) with the columns of down,
+            rows of values with the columns of outputs. These layers keep that orientation, and ``r_row``.
         seed: of random positions, masks, windows and start values.
         save_values: what a file holds of the last slice: ``"master"`` (its fp32 master, from which training goes on
             exactly) or ``"base"`` (the base's precision, as of all finished slices; smaller over half precision).
@@ -115,6 +118,8 @@ class SliceFineConfig(PeftConfig):
     share: list[int] | None = field(default=None, metadata={"help": "[i, n]: part i of n of the positions."})
     start_values: str = field(default="pretrained", metadata={"help": "pretrained, zero, xavier, kaiming or lecun."})
     additive: bool | None = field(default=None, metadata={"help": "Slices beside the weights; None: if quantised."})
+    whole_heads: bool = field(default=False, metadata={"help": "Slices of attention's layers are whole heads."})
+    coupled: bool = field(default=False, metadata={"help": "Train both sides of the same hidden units."})
     seed: int = field(default=0, metadata={"help": "Seed of random positions, masks and windows."})
     save_values: str = field(default="master", metadata={"help": "master or base: the last slice in a file."})
     history: int = field(default=8, metadata={"help": "How many moves can be undone."})

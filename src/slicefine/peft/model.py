@@ -13,6 +13,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import Tensor, nn
 
+from ..coupling import fitted, structure
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..layer import SliceLayer
@@ -67,6 +68,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if next(_sliced_layers(model, adapter_name), None) is not None:
             raise ConfigError(f"adapter {adapter_name!r} exists already; delete it first or choose another name.")
         self._clamped: dict[str, int] = {}
+        self._structure = structure(model, config.whole_heads, config.coupled)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -184,6 +186,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         pattern = get_pattern_key(list(config.rank_pattern), key)  # the key itself when nothing matches
         rank = config.rank_pattern.get(pattern)
         schedule = config.schedule(rank)
+        schedule = fitted(schedule, self._structure.get(key), key, layer.shape)
         found = layer.fitted(schedule, key).clamped(layer.shape)
         if found is not None:
             axis, size = found
