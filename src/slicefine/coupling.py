@@ -6,7 +6,6 @@ A row of ``up_proj`` and the column of ``down_proj`` with the same number belong
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -188,8 +187,10 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
         return
     blocks: dict[int, dict[str, Shape]] = {}
     for name, block in block_numbers(shapes).items():
-        blocks.setdefault(block, {})[name] = shapes[name]
+        if not any("att" in part or "qkv" in part for part in name.split(".")):  # their sizes may agree by accident
+            blocks.setdefault(block, {})[name] = shapes[name]
     for layers in blocks.values():
-        width = Counter(columns for _, columns in layers.values()).most_common(1)[0][0]  # of the residual stream
-        downs = {columns: name for name, (rows, columns) in layers.items() if columns != width and rows == width}
-        yield from ((name, downs[rows], 1) for name, (rows, columns) in layers.items() if rows in downs)
+        downs = {
+            shape: name for name, shape in layers.items() if shape[0] < shape[1]
+        }  # hidden units are more than rows
+        yield from ((name, downs[shape[::-1]], 1) for name, shape in layers.items() if shape[::-1] in downs)
