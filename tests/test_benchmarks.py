@@ -107,3 +107,16 @@ def test_paper_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert all(row["moves"] == [1, 2, 3, 4] and row["counts"]["added"] == 0 for row in rows)
     assert rows[0]["recipe"]["training"]["batch_size"] == 32  # the table's own, not made up
     assert rows[4]["recipe"]["model"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_packed_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, data = SHARED / "models" / "vit_cifar10.pth", SHARED / "data" / "flowers12"
+    if not (model.is_file() and data.is_dir()):
+        pytest.skip(f"{model} or {data} is not here")
+    words = ["--model", str(model), "--data", str(data), "--out", str(tmp_path / "p.json")]
+    monkeypatch.setattr(sys, "argv", ["packed_attention.py", *words, "--steps", "20", "--seeds", "1", "--limit", "48"])
+    runpy.run_path(str(ROOT / "benchmarks" / "packed_attention.py"), run_name="__main__")
+    found = {row["method"]: row for row in json.loads((tmp_path / "p.json").read_text())["results"]}
+    assert found["in_proj"]["trainable at a time"] == 6 * 12 * 384
+    assert found["in_proj"]["last loss"] < found["in_proj"]["first loss"]

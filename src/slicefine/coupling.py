@@ -192,5 +192,5 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
     for layers in blocks.values():
         downs = {
             shape: name for name, shape in layers.items() if shape[0] < shape[1]
-        }  # hidden units are more than rows
+        }  # more hidden units than rows
         yield from ((name, downs[shape[::-1]], 1) for name, shape in layers.items() if shape[::-1] in downs)
