@@ -30,7 +30,7 @@ from .initial import initial_block
 from .journal import visit_table
 from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at, slices_of_others
-from .sharded import ShardedMatrix, is_sharded, put_whole, refuse_flattened, sharded_parameter, whole
+from .sharded import ShardedMatrix, is_sharded, put_whole, refuse_engine, sharded_parameter, whole
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .weights import is_transposed, supports
@@ -608,10 +608,10 @@ class SliceLayer(nn.Module):
         names = self.applied
         for name in names:
             state = self.states[name]
+            refuse_engine(self._base_weight, self.slicefine_active[name], self.label)
             if state.index.device != self._base_weight.device:  # fully_shard moves parameters by themselves
                 self.aim(name)
             if state.staged or state.deferred or not self._in_sync(name):
-                refuse_flattened(self._base_weight, self.slicefine_active[name], self.label)
                 self.settle(name)
             state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names
