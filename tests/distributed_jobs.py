@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -401,7 +402,8 @@ def fsdp2_guards(rank: int, folder: Path) -> Found:
         "ignored": lambda: _ignored(x, y),
         "fsdp1": lambda: _fsdp1(x),
         "fsdp1 with original parameters": lambda: _fsdp1(x, use_orig_params=True),
-        "tensor parallel": _tensor_parallel,
+        "tensor parallel": lambda: _tensor_parallel("0", late=False, x=x),
+        "tensor parallel later": lambda: _tensor_parallel("0.base_layer", late=True, x=x),
     }.items():
         try:
             build()
@@ -426,12 +428,35 @@ def _fsdp1(x: Tensor, **settings: Any) -> None:
     FullyShardedDataParallel(model, device_id=torch.device("cpu"), **settings)(x)
 
 
-def _tensor_parallel() -> None:
+def _tensor_parallel(name: str, late: bool, x: Tensor) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    mesh = init_device_mesh("cpu", (2,))
-    attach(parallelize_module(mlp(), mesh, {"0": ColwiseParallel()}), mode="row", r=2)
+    model = mlp()
+    if late:
+        attach(model, mode="row", r=2)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {name: ColwiseParallel()})
+    if not late:
+        attach(model, mode="row", r=2)
+    model[0](x)
+
+
+def pipeline(rank: int, folder: Path) -> Found:
+    """Two stages of a pipeline with two micro-batches, each with slices and an optimizer of its own."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    whole = mlp()
+    stage = nn.Sequential(OrderedDict([(str(i), whole[i]) for i in (range(2) if rank == 0 else range(2, 5))]))
+    tuner = attach(stage, mode="alternate", r=2, interval=2)
+    schedule = ScheduleGPipe(
+        PipelineStage(stage, rank, 2, torch.device("cpu")), 2, loss_fn=lambda out, y: (out - y).square().mean()
+    )
+    optimizer = adamw(tuner.parameters())
+    for x, y in batches(STEPS):
+        schedule.step(x) if rank == 0 else schedule.step(target=y)
+        optimizer.step()
+        optimizer.zero_grad()
+    return facts(tuner)
 
 
 def peft_fsdp2(rank: int, folder: Path) -> Found:
@@ -543,3 +568,42 @@ def trainer_ddp(rank: int, folder: Path) -> Found:
 
 def trainer_ddp_resumed(rank: int, folder: Path) -> Found:
     return trainer_run(folder / "trainer-again", 2, str(folder / "trainer-one" / "checkpoint-3"), ddp_backend="gloo")
+
+
+def trainer_fsdp2(rank: int, folder: Path) -> Found:
+    """`Trainer` and accelerate's FSDP2 plugin."""
+    return _plugin(folder / "trainer-fsdp2")
+
+
+def trainer_fsdp2_resumed(rank: int, folder: Path) -> Found:
+    return _plugin(folder / "trainer-fsdp2-again", str(folder / "trainer-fsdp2" / "checkpoint-3"))
+
+
+def _plugin(folder: Path, resume_from: str | None = None) -> Found:
+    """Accelerate takes its FSDP plugin on GPUs only, and DDP on a CPU: here it is told that these are GPUs."""
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    settings = {
+        "version": 2,
+        "reshard_after_forward": True,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False,
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    original = PartialState.__init__
+
+    def pretend(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.distributed_type is DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_XPU
+
+    PartialState.__init__ = pretend
+    try:
+        return _full(trainer_run(folder, 2, resume_from, ddp_backend="gloo", fsdp=True, fsdp_config=settings))
+    finally:
+        PartialState.__init__ = original
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_USE_FSDP", None)

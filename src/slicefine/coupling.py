@@ -190,7 +190,5 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
         if not any("att" in part or "qkv" in part for part in name.split(".")):  # their sizes may agree by accident
             blocks.setdefault(block, {})[name] = shapes[name]
     for layers in blocks.values():
-        downs = {
-            shape: name for name, shape in layers.items() if shape[0] < shape[1]
-        }  # more hidden units than rows
+        downs = {shape: name for name, shape in layers.items() if shape[0] < shape[1]}  # more hidden units than rows
         yield from ((name, downs[shape[::-1]], 1) for name, shape in layers.items() if shape[::-1] in downs)

@@ -34,7 +34,7 @@ from .journal import visit_table
 from .packed import PackedDelta
 from .quantised import Requantised, format_of, place_of, prepare, release, requantise
 from .schedule import Schedule, check_positions, slice_at, slices_of_others, widened
-from .sharded import ShardedMatrix, is_sharded, put_whole, refuse_flattened, sharded_parameter, whole
+from .sharded import ShardedMatrix, is_sharded, put_whole, refuse_engine, sharded_parameter, whole
 from .state import AdapterState
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .weights import TRAINABLE, Stack, kind_of, lies_beside, refuse_offloaded, value_dtype
@@ -770,11 +770,11 @@ class SliceLayer(nn.Module):
         names = self.applied
         for name in names:
             state = self.states[name]
+            if self.packed is None:  # a quantised weight may be a buffer
+                refuse_engine(self.base_weight, self.slicefine_active[name], self.label)
             if state.index.device != self.base_weight.device:  # fully_shard moves parameters by themselves
                 self.aim(name)
             if state.staged or state.deferred or not self._in_sync(name):
-                if self.packed is None:  # a quantised weight may be a buffer
-                    refuse_flattened(self.base_weight, self.slicefine_active[name], self.label)
                 self.settle(name)
             state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import UnsupportedError
 from .geometry import Slice, entry_indices, line_length
 
-__all__ = ["ShardedMatrix", "is_sharded", "put_whole", "refuse_flattened", "sharded_parameter", "whole"]
+__all__ = ["ShardedMatrix", "is_sharded", "put_whole", "refuse_engine", "sharded_parameter", "whole"]
 
 if torch.distributed.is_available():
     from torch.distributed._composable_state import _module_state_mapping
@@ -146,13 +146,24 @@ def put_whole(parameter: Tensor, shown: Tensor, values: Tensor) -> None:
     ShardedMatrix(parameter, shown).write(Slice("row", 0, parameter.shape[0]), values)
 
 
-def refuse_flattened(weight: Any, parameter: Any, label: str) -> None:
-    """Raise `UnsupportedError` for engines that take a layer's parameters apart: FSDP1 and DeepSpeed's ZeRO."""
+def refuse_engine(weight: Any, parameter: Any, label: str) -> None:
+    """Raise `UnsupportedError` inside a forward of an engine that takes a layer's parameters apart."""
     for tensor in (weight, parameter):
+        if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):
+            raise UnsupportedError(
+                f"{label}: DeepSpeed's ZeRO steps flat copies of the parameters, so what it trains would never reach "
+                "the weights, and slices would never move. Use ZeRO stage 0, or FSDP2 to shard: fully_shard(model), "
+                "or fsdp_version: 2 in accelerate's configuration."
+            )
         if getattr(tensor, "_fsdp_flattened", False) or not isinstance(tensor, nn.Parameter):
             raise UnsupportedError(
                 f"{label}: FSDP1 flattens the parameters of several layers into one, so there are no rows and columns "
                 "to train. Use FSDP2: fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
+            )
+        if is_sharded(tensor):
+            raise UnsupportedError(
+                f"{label}: its forward runs on a part of the weight (tensor parallelism), and a slice needs whole rows "
+                "and columns. Use FSDP2 instead of parallelize_module or tp_plan."
             )
 
 
