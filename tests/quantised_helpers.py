@@ -62,7 +62,8 @@ def hqq(layer: nn.Linear) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     settings = BaseQuantizeConfig(nbits=4, group_size=8)
-    return HQQLinear(copy.deepcopy(layer), settings, compute_dtype=layer.weight.dtype, device="cpu")
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    return HQQLinear(layer, settings, compute_dtype=layer.weight.dtype, device="cpu")
 
 
 class ForwardOnly(nn.Module):

@@ -184,6 +184,10 @@ class PackedDelta:
         """Whether no line was written yet."""
         return not any(lines.slots for lines in self._axes.values())
 
+    def numel(self) -> int:
+        """How many values there are beside the weight."""
+        return sum(lines.values.numel() for lines in self._axes.values())
+
     def count_nonzero(self) -> int:
         """How many entries are not zero; a crossing counts once."""
         return sum(int(lines.values.count_nonzero()) for lines in self._axes.values())

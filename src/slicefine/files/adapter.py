@@ -21,6 +21,7 @@ from ..functional import pad_block
 from ..geometry import AXES, Slice
 from ..journal import Visit, read_table, split_history
 from ..state import SampledEntry, read_sample
+from ..transfer import BESIDE as DIFFERENCES
 from ..tuner import ADAPTER_VERSION
 from .writing import atomic_folder
 
@@ -67,6 +68,7 @@ class LayerFile:
         dtype: the weight's precision in training; finished slices are stored in it.
         room: shape of the persistent parameter, which holds the last slice.
         before: for each visit what undoing it needs (`Journal.history`), None where the history does not reach.
+        additive: the values are differences that lay beside the weight (a quantised one, say), not what it holds.
     """
 
     shape: tuple[int, int]
@@ -77,6 +79,7 @@ class LayerFile:
     dtype: torch.dtype
     room: tuple[int, int]
     before: list[Tensor | None]
+    additive: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             name, mark, kind = key.rpartition(_MARK)
             if not mark:
                 others[key] = file.get_tensor(key)
-            elif kind not in ("active", *KINDS):
+            elif kind not in ("active", *KINDS, DIFFERENCES):
                 raise AdapterFileError(f"{path / WEIGHTS}: unknown tensor {key}; update slicefine.")
             else:
                 tensors.setdefault(name.removeprefix(_PREFIX), {})[kind] = file.get_tensor(key)
@@ -155,11 +158,13 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
         own = pack_values(layer.visits, layer.values, layer.before)
         config["layout"][name] = {kind: list(tensor.shape) for kind, tensor in own.items()}
         sample = [list(entry) for entry in layer.sample]
-        facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": sample}
+        facts: dict[str, Any] = {"shape": list(layer.shape), "transposed": layer.transposed}
+        facts |= {"additive": True} if layer.additive else {"sample": sample}
         config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")}
         own = {kind: t.to(layer.dtype) if t.is_floating_point() else t for kind, t in own.items()}
         active = layer.values[layer.visits[-1].slice]
         own["active"] = pad_block(active, layer.room)
+        own |= {DIFFERENCES: torch.empty(0)} if layer.additive else {}
         tensors |= {f"{_PREFIX}{name}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
         for file in () if beside is None else sorted(beside.iterdir()):
@@ -281,7 +286,9 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         if not (rows > 0 and columns > 0 and rows * columns <= _LARGEST):
             raise ValueError(f"a matrix of {rows} x {columns}")
         transposed = bool(facts["transposed"])
-        dtype = _DTYPES[facts["dtype"]]
+        dtype, additive = _DTYPES[facts["dtype"]], bool(facts.get("additive", False))
+        if additive != (DIFFERENCES in tensors):
+            raise ValueError("it says something else than the tensors of values or differences")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"{file.parent / CONFIG}: what it says of {name}'s weight makes no sense.") from error
     values = unpack(tensors, tensors["active"], (rows, columns), name)
@@ -293,4 +300,4 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         )
     before = split_history(tensors["journal"], tensors.get("before"))
     sample = read_sample(facts, (rows, columns), name)
-    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room, before)
+    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room, before, additive)

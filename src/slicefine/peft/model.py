@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
@@ -21,7 +22,7 @@ from ..mover import Mover, check_progress
 from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..state import read_sample
-from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, weight_facts
+from ..transfer import BESIDE, ORIGINALS, check_tensors, expect, file_tensors, weight_facts
 from ..tuner import shared_names, warn_about_clamped, warn_about_lost
 from ..weights import is_hidden, lies_beside, shape_of, trains
 from .callback import SliceFineCallback
@@ -75,6 +76,20 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 parameter.requires_grad_(True)
             raise
         warn_about_clamped(self._clamped)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As PEFT's; "all-linear" means quantised layers, too, that are no nn.Linear (HQQ, GPTQ, AWQ)."""
+        config: Any = super()._prepare_adapter_config(peft_config, model_config)
+        if config.target_modules != "all-linear":
+            return config
+        kinds = (nn.Linear, Conv1D, BaseTunerLayer)
+        if any(trains(module) and not isinstance(module, kinds) for module in self.model.modules()):
+            output = getattr(self.model, "get_output_embeddings", lambda: None)()
+            named = self.model.named_modules()
+            # below a wrapped layer the base is what trains; the adapter goes to the wrapper
+            found = {name.removesuffix(".base_layer") for name, m in named if trains(m) and m is not output}
+            config.target_modules = found
+        return config
 
     def _report_hidden(self, none_left: bool) -> None:
         """Say which layers are left out because nn.MultiheadAttention uses their weight without calling them."""
@@ -348,7 +363,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         unused = {key for key in state_dict if f".{cls.prefix}" in key and not any(part in key for part in apart)}
         for name, layer in _sliced_layers(model, adapter_name):
             own: dict[str, Tensor] = {}
-            for kind in ("active", *KINDS):
+            for kind in ("active", *KINDS, BESIDE):
                 key = f"{name}.{cls.prefix}{kind}"
                 for candidate in (key, f"{prefix}{key}", f"{key}.{adapter_name}"):
                     if candidate in state_dict:
@@ -356,6 +371,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                         renamed.pop(candidate, None)
                         renamed[f"{key}.{adapter_name}"] = own[kind]
                         unused.discard(candidate)
+            _check_kind(layer, BESIDE in own, name)
             check_tensors(layer, adapter_name, own)
         if unused:
             raise AdapterFileError(
@@ -378,11 +394,27 @@ def _additive(config: SliceFineConfig, base: nn.Module, facts: dict[str, Any], k
         return lies_beside(base, config.additive, key)
     found = bool(facts.get("additive", False))
     if not found and format_of(base) is not None:
-        raise AdapterFileError(
-            f"{key}: the adapter's slices hold values of a weight that was not quantised, and this one is. Load it "
-            "onto the base without quantisation, or export it to LoRA (slicefine export), which fits both."
-        )
+        raise _values_do_not_fit(key)
     return found
+
+
+def _check_kind(layer: SliceFineLinear, beside: bool, name: str) -> None:
+    """Raise `AdapterFileError` unless a file's slices are of the kind that the layer's are: values or differences."""
+    if layer.packed is not None and not beside:
+        raise _values_do_not_fit(name)
+    if layer.packed is None and beside:
+        raise AdapterFileError(
+            f"{name}: the file's slices are differences, and this layer's are values. Load the folder as a new adapter "
+            "(PeftModel.from_pretrained), or make this one with additive=True."
+        )
+
+
+def _values_do_not_fit(name: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{name}: the adapter's slices hold values of a weight that was not quantised, and here they lie beside the "
+        "weight, as differences. Load it onto the base without quantisation, or export it to LoRA (slicefine export), "
+        "which fits both."
+    )
 
 
 def _all_targets(configs: list[SliceFineConfig]) -> set[str] | str:
