@@ -58,6 +58,14 @@ def torchao(name: str, **settings: object) -> Callable[[nn.Linear], nn.Module]:
     return make
 
 
+def hqq(layer: nn.Linear) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=4, group_size=8)
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    return HQQLinear(layer, settings, compute_dtype=layer.weight.dtype, device="cpu")
+
+
 class ForwardOnly(nn.Module):
     """As GPTQ's and AWQ's layers are: packed integers, sizes and a forward; no weight."""
 
@@ -91,9 +99,10 @@ FORMATS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "torchao int8": torchao("Int8WeightOnlyConfig"),
     "torchao int4": torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4),
     "torchao float8": torchao("Float8WeightOnlyConfig"),
+    "hqq": hqq,
     "forward only": ForwardOnly,
 }
-PACKAGES = {"bnb": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "torchao": "torchao"}
+PACKAGES = {"bnb": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
 SOME = ("bnb 8-bit", "nf4, double", "torchao int8", "forward only")  # one of each kind, where all would take long
 
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from core_helpers import batches, mlp, step
 from slicefine import attach
-from slicefine.errors import AdapterFileError, ConfigError, UnsupportedError
+from slicefine.errors import AdapterFileError, ConfigError, ContentError, UnsupportedError
 from slicefine.functional import block_view, read_block, write_block
 from slicefine.geometry import Slice
 from slicefine.packed import PackedDelta
@@ -48,7 +48,9 @@ def test_it_is_a_matrix_of_zeros_until_written(actions):
         for other in BLOCKS:
             assert torch.equal(read_block(delta, other), read_block(dense, other))
     x, y = torch.randn(2, 3, SHAPE[1]).double(), torch.randn(2, 3, SHAPE[0]).double()
-    assert_close(delta.add_product(x, y), y + F.linear(x, dense))
+    wanted = y + F.linear(x, dense)
+    assert_close(delta.add_product(x, y.clone()), wanted)
+    assert_close(delta.add_product(x, y.clone().transpose(0, 1).contiguous().transpose(0, 1)), wanted)
     weight = torch.ones(SHAPE, dtype=torch.float64)
     delta.add_to(weight)
     assert_close(weight, 1 + dense)
@@ -60,12 +62,55 @@ def test_blocks_that_lie_together_are_written_through_a_view_and_others_are_not(
     assert delta.view(Slice("row", 0, 2)) is None  # its second line came first
 
 
-def test_the_product_is_differentiable_in_what_goes_in():
+def test_the_product_is_differentiable_in_what_goes_in(monkeypatch):
     delta = packed()
     for block in (BLOCKS[0], BLOCKS[-1]):
         write_block(delta, block, torch.randn(read_block(delta, block).shape, dtype=torch.float64))
     x, y = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (SHAPE[1], SHAPE[0]))
-    assert torch.autograd.gradcheck(delta.add_product, (x, y))
+    for compiling in (False, True):  # inside a compiled graph it is made of operators that the compiler knows
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda found=compiling: found)
+        assert torch.autograd.gradcheck(lambda x, y: delta.add_product(x, y.clone()), (x, y))
+
+
+@pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16])
+def test_the_product_is_taken_in_the_narrower_precision(inputs, values):
+    delta = packed(values)
+    for block in (BLOCKS[0], BLOCKS[-1]):
+        write_block(delta, block, torch.randn(read_block(delta, block).shape))
+    x, y = torch.randn(4, SHAPE[1], dtype=inputs, requires_grad=True), torch.zeros(4, SHAPE[0], dtype=inputs)
+    narrow = torch.bfloat16 if torch.bfloat16 in (inputs, values) else torch.float32
+    found = delta.add_product(x, y)
+    found.sum().backward()
+    assert found.dtype == x.grad.dtype == inputs
+    tolerance = {} if narrow == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    assert_close(found.float(), F.linear(x, as_dense(delta).to(inputs)).float(), **tolerance)
+    assert_close(x.grad.float(), as_dense(delta).float().sum(0).expand(4, -1), **tolerance)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_disabling_between_forward_and_backward_changes_no_gradient(mode):
+    """As in DPO without a reference model; what lay beside the weight is made anew in between."""
+    gradients = []
+    for interrupted in (False, True):
+        model, tuner = trained(mode, True, OPTIMIZERS["sgd"], steps=20)
+        x, y = batches(1, seed=9)[0]
+        loss = (model(x) - y).square().mean()
+        if interrupted:
+            with torch.no_grad(), tuner.disabled():
+                model(x)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in tuner.parameters()])
+    assert_close(*gradients)
+
+
+def test_a_backward_over_other_slices_is_refused():
+    model, tuner = trained("column", True, OPTIMIZERS["sgd"], steps=20)
+    x, y = batches(1, seed=9)[0]
+    loss = (model(x) - y).square().mean()
+    tuner.move()
+    with pytest.raises(ContentError, match="changed between forward and backward"):
+        loss.backward()
 
 
 def test_a_random_mask_is_refused():

@@ -228,3 +228,13 @@ def test_several_parameters_of_one_module_are_told_apart_in_files(tmp_path):
     with torch.no_grad():
         found = PeftModel.from_pretrained(mixtral(), tmp_path / "again")(input_ids=TOKENS).logits
         assert_close(found, model(input_ids=TOKENS).logits)
+
+
+def test_all_linear_means_packed_attention_too():
+    model = get_peft_model(mixed(), SliceFineConfig(mode="row", r=1, target_modules="all-linear"))
+    names = {n for n, m in model.base_model.model.named_modules() if isinstance(m, SliceFineLinear)}
+    assert names == {"attention", "attention.base_layer.out_proj", "head"}
+    model.add_adapter("second", SliceFineConfig(mode="row", r=1, target_modules="all-linear"))
+    layers = [m for m in model.modules() if isinstance(m, SliceFineLinear)]
+    assert len(layers) == 3
+    assert all("second" in m.states for m in layers)

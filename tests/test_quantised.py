@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from quantised_helpers import cases, dense_values, dequantised, quantise
-from slicefine import attach
+from quantised_helpers import FORMATS, SOME, ForwardOnly, NoGradient, cases, dense_values, dequantised, quantise
+from slicefine import attach, merge_errors
+from slicefine.errors import ConfigError, UnsupportedError
 from slicefine.geometry import Slice
+from slicefine.layer import SliceLayer
 from slicefine.quantised import format_of
+from slicefine.weights import supports, trains, value_dtype
 
 MODES = {"row": {"r": 3}, "column": {"r": 4}, "alternate": {"r_row": 3, "r_column": 4}}
 
@@ -57,3 +62,151 @@ def test_training_equals_that_of_the_dense_model(name, mode):
         change = layer.packed.read(Slice("row", 0, layer.shape[0]))
         assert change.count_nonzero() > 0
         assert_close(values + change, dense.base_layer.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_what_a_layer_is(name):
+    layer = made(name)[0]
+    assert (trains(layer), supports(layer), SliceLayer(layer).shape) == (True, False, (64, 32))
+    assert value_dtype(layer) == torch.float32
+    if name != "forward only":
+        assert_close(format_of(layer).dense(layer).float(), mlp()[0].weight, rtol=0.2, atol=0.05)
+
+
+def test_what_is_no_quantised_layer():
+    integers = nn.Linear(4, 4)
+    integers.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    for layer in (nn.Linear(4, 4), nn.Embedding(4, 4), nn.BatchNorm1d(4), nn.LSTM(4, 4), integers):
+        assert format_of(layer) is None
+    narrow = type("FP8Linear", (nn.Linear,), {})(4, 4)  # transformers' layer for weights of one byte
+    narrow.weight = nn.Parameter(narrow.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    assert format_of(narrow) is not None
+    assert not supports(narrow)
+
+
+@pytest.mark.parametrize("name", cases(SOME))
+def test_settings_that_need_the_weight_are_refused(name):
+    with pytest.raises(ConfigError, match=r"0: additive=False writes slices into the weight.*quantised"):
+        attach(made(name), additive=False, interval=5)
+    with pytest.raises(UnsupportedError, match=r"0: mode='random_mask' trains scattered entries.*Use mode row, column"):
+        attach(made(name), mode="random_mask", interval=5)
+    with pytest.raises(UnsupportedError, match=r"0: start_values='zero' replaces the weight's own values"):
+        attach(made(name), start_values="zero", interval=5)
+
+
+def test_a_layer_that_passes_no_gradient_is_refused():
+    model = mlp()
+    for place in (0, 2):
+        model[place] = NoGradient(model[place])
+    tuner = attach(model, interval=5, r=2)
+    with pytest.raises(UnsupportedError, match=r"2: the base layer \(NoGradient\) passes no gradient to its input"):
+        train(model, tuner.parameters())
+    with torch.no_grad():
+        model(batch(0)[0])
+
+
+@pytest.mark.parametrize("name", cases([name for name in FORMATS if name != "forward only"]))
+def test_merging_quantises_anew_and_says_what_it_lost(name):
+    model = made(name)
+    tuner = attach(model, interval=4, r=3)
+    train(model, tuner.parameters())
+    wanted = [
+        dense_values(layer.base_layer) + layer.packed.read(Slice("row", 0, layer.shape[0]))
+        for layer in tuner.layers.values()
+    ]
+    before = model(batch(99)[0])
+    expected = merge_errors(model)
+    assert torch.equal(model(batch(99)[0]), before)
+    with pytest.warns(UserWarning, match=r"3 quantised weights took the slices in.*of the weight and.*of what was"):
+        plain = tuner.unload(merge=True)
+    assert [type(layer) for layer in plain] == [type(layer) for layer in made(name)]
+    for values, layer, lost in zip(wanted, plain[::2], expected.values(), strict=True):
+        found, change = dense_values(layer) - values, torch.linalg.vector_norm
+        assert_close(float(change(found) / change(values)), lost.weight)
+        assert 0 < lost.weight < (0.2 if "4" in name else 0.05)
+        assert_close(values, dense_values(layer), rtol=0, atol=float(values.abs().max()) / 4)
+    assert (plain(batch(99)[0]) - before).norm() < 0.2 * before.norm()
+
+
+@pytest.mark.parametrize("name", cases(SOME))
+def test_unloading_leaves_every_bit_as_it_was(name):
+    model, base = made(name), made(name)
+    tuner = attach(model, interval=4, r=3)
+    train(model, tuner.parameters())
+    with tuner.disabled():
+        assert torch.equal(model(batch(99)[0]), base.train()(batch(99)[0]))
+    plain = tuner.unload()
+    assert [type(layer) for layer in plain] == [type(layer) for layer in base]
+    for ours, theirs in zip(plain[::2], base[::2], strict=True):
+        assert torch.equal(dense_values(ours), dense_values(theirs))
+    assert torch.equal(plain(batch(99)[0]), base(batch(99)[0]))
+
+
+def test_merging_into_a_forward_only_layer_is_refused_before_anything_changes():
+    model = mlp()
+    model[4] = ForwardOnly(model[4])
+    tuner = attach(model, interval=4, r=3, additive=True)
+    train(model, tuner.parameters())
+    before = model(batch(99)[0])
+    with pytest.raises(UnsupportedError, match=r"ForwardOnly only runs forward.*export it to LoRA"):
+        tuner.unload(merge=True)
+    assert torch.equal(model(batch(99)[0]), before)
+    tuner.unload()
+
+
+def test_a_torchao_format_that_cannot_be_made_anew_is_refused():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(type("StrangeTensor", (torch.Tensor,), {"__module__": "torchao.x"})(layer.weight.data))
+    with pytest.raises(UnsupportedError, match=r"torchao's StrangeTensor cannot be quantised anew.*Int8Tensor"):
+        format_of(layer).check(layer)
+
+
+@pytest.mark.parametrize("packed_before", [False, True])
+@pytest.mark.parametrize("name", cases(["nf4", "nf4, double"]))
+def test_evaluation_leaves_a_4_bit_weight_trainable(name, packed_before):
+    """bitsandbytes repacks it for inference on some CPUs: without a backward, and with rounded scales."""
+    torch.manual_seed(0)
+    model = quantise(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), name, leave=("0",))  # whole blocks of 64
+    if packed_before:
+        with torch.no_grad():
+            model.eval()(batch(0)[0])
+    tuner = attach(model, interval=4, r=3, additive=True)
+    values = dense_values(model[1].base_layer)
+    with torch.no_grad():
+        model.eval()(batch(0)[0])
+    assert torch.equal(values, dense_values(model[1].base_layer))
+    train(model.train(), tuner.parameters())
+    assert all(layer.packed.count_nonzero() for layer in tuner.layers.values())
+    assert tuner.unload()[1].support_avx512bf16_for_cpu == made(name)[0].support_avx512bf16_for_cpu
+
+
+@pytest.mark.parametrize("name", cases(SOME))
+def test_files_and_copies(name, tmp_path):
+    model = made(name)
+    tuner = attach(model, interval=4, r=3)
+    train(model, tuner.parameters())
+    x = batch(99)[0]
+    before = model(x)
+    assert_close(copy.deepcopy(model)(x), before)
+    tuner.save(tmp_path / "a.safetensors")
+    for base in (made(name), dequantised(made(name))):  # the same differences, beside whichever weight
+        attach(base, interval=4, r=3, additive=True).load(tmp_path / "a.safetensors")
+        assert_close(base(x), before)
+
+
+@pytest.mark.parametrize("name", cases(SOME))
+def test_half_precision_outside_keeps_an_fp32_master(name):
+    model = quantise(mlp().to(torch.bfloat16), name)
+    tuner = attach(model, interval=4, r=3)
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=0.02, weight_decay=0)
+    x, y = (part.to(torch.bfloat16) for part in batch(0))
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = (model(x) - y).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert model(x).dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in tuner.parameters())
+    assert losses[-1] < 0.8 * losses[0]

@@ -7,9 +7,11 @@ the layer computes ``y = W x + D x``, where only the visited lines of ``D`` exis
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .errors import UnsupportedError
 from .geometry import Slice
@@ -39,6 +41,34 @@ class _Lines:
 
     def places(self, lines: list[int]) -> Tensor:
         return torch.tensor([self.slots[line] for line in lines], device=self.index.device)
+
+
+class _AddProduct(torch.autograd.Function):
+    """``y + x D.T`` in y's own storage: nothing saves a linear layer's output, and a copy would cost what a row costs.
+
+    Nothing is kept: backward reads the lines that are there then, which are the forward's, or the layer's guard of its
+    content raises first (design decision 5).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, delta: PackedDelta) -> Tensor:
+        ctx.delta, ctx.dtype = delta, x.dtype
+        result = y.data
+        delta._add_into(result, x)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return grad, ctx.delta._input_gradient(grad, ctx.dtype) if ctx.needs_input_grad[1] else None, None
+
+
+def _add_matmul(y: Tensor, x: Tensor, lines: Tensor) -> None:
+    """``y += x @ lines`` in one pass where types and memory allow."""
+    if y.dtype == x.dtype and y.is_contiguous():
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), lines)
+    else:
+        y += torch.matmul(x, lines)
 
 
 def _narrower(x: torch.dtype, values: torch.dtype) -> torch.dtype:
@@ -114,8 +144,12 @@ class PackedDelta:
     def add_product(self, x: Tensor, y: Tensor) -> Tensor:
         """``y + x D.T`` for inputs ``(..., columns)`` and outputs ``(..., rows)``; nothing of the size of D is made.
 
+        The sum takes y's memory (except inside a compiled graph), so y must not be used afterwards.
         Gradients flow to ``x`` and ``y``, not to the lines: a layer's active block has a gradient of its own.
         """
+        if not torch.compiler.is_compiling():
+            result: Tensor = _AddProduct.apply(y, x, self)  # type: ignore[no-untyped-call]
+            return result
         row, column = self._axes["row"], self._axes["column"]
         x = x.to(_narrower(x.dtype, self.dtype))
         if row.slots:
@@ -124,10 +158,35 @@ class PackedDelta:
             y = y + torch.matmul(x.index_select(-1, column.index), column.values.to(x.dtype)).to(y.dtype)
         return y
 
+    @torch.no_grad()
+    def _add_into(self, y: Tensor, x: Tensor) -> None:
+        row, column = self._axes["row"], self._axes["column"]
+        x = x.to(_narrower(x.dtype, self.dtype))
+        if row.slots:
+            y.index_add_(-1, row.index, torch.nn.functional.linear(x, row.values.to(x.dtype)).to(y.dtype))
+        if column.slots:
+            _add_matmul(y, x.index_select(-1, column.index), column.values.to(x.dtype))
+
+    def _input_gradient(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        row, column = self._axes["row"], self._axes["column"]
+        grad = grad.to(_narrower(grad.dtype, self.dtype))
+        if row.slots:
+            result = torch.matmul(grad.index_select(-1, row.index), row.values.to(grad.dtype))
+        else:
+            result = grad.new_zeros(*grad.shape[:-1], self.shape[1])
+        if column.slots:
+            values = torch.nn.functional.linear(grad, column.values.to(grad.dtype))
+            result.index_add_(-1, column.index, values)
+        return result.to(dtype)
+
     @property
     def empty(self) -> bool:
         """Whether no line was written yet."""
         return not any(lines.slots for lines in self._axes.values())
+
+    def numel(self) -> int:
+        """How many values there are beside the weight."""
+        return sum(lines.values.numel() for lines in self._axes.values())
 
     def count_nonzero(self) -> int:
         """How many entries are not zero; a crossing counts once."""

@@ -35,8 +35,8 @@ __all__ = [
     "weight_facts",
 ]
 
-# two more kinds of tensor, for state dicts that hold whole weights; never in an adapter file
-ORIGINALS = "originals"  # what the slices in the weight replaced
+# two more kinds of tensor
+ORIGINALS = "originals"  # what the slices in the weight replaced: for state dicts with whole weights, never in a file
 BESIDE = "beside"  # empty: says that the slices are differences beside the weight
 
 

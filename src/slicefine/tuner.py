@@ -28,7 +28,7 @@ from .schedule import Positions, Schedule
 from .sharded import is_sharded
 from .since import delta_since
 from .transfer import check_tensors, file_tensors, load_tensors
-from .weights import TRAINABLE, kind_of, lies_beside, trains
+from .weights import TRAINABLE, is_linear, kind_of, lies_beside, trains
 from .window import make_window, places
 
 __all__ = [
@@ -306,11 +306,10 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
     """
     output = getattr(model, "get_output_embeddings", lambda: None)() if targets == "all-linear" else None
     kinds = {name: kind_of(module) for name, module in model.named_modules() if name and module is not output}
-    linear = ("linear", "transposed", "quantised", "hidden", "packed")
     found = {
         name: kind
         for name, kind in kinds.items()
-        if kind is not None and (targets != "all-linear" or kind.layout in linear)
+        if kind is not None and (targets != "all-linear" or is_linear(model.get_submodule(name)))
         if matches(name, targets) and not (exclude and matches(name, exclude))
     }
     if not found:

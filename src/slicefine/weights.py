@@ -17,6 +17,7 @@ __all__ = [
     "Stack",
     "WeightKind",
     "is_hidden",
+    "is_linear",
     "is_transposed",
     "kind_of",
     "lies_beside",
@@ -222,6 +223,12 @@ def trains(layer: nn.Module) -> bool:
     """Whether slices of a linear layer can be trained: in its weight (`supports`), or beside a quantised one."""
     kind = kind_of(layer)
     return kind is not None and kind.called
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``"all-linear"`` means a layer: as `trains`, and attention's packed and output projections."""
+    kind = kind_of(layer)
+    return kind is not None and (kind.called or kind.layout in ("hidden", "packed"))
 
 
 def lies_beside(layer: nn.Module, additive: bool | None, where: str) -> bool:

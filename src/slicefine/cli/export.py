@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,10 @@ def run(chosen: Any) -> int:
     quiet_libraries()
     settings = ExportSettings(**instantiate(parser(), chosen))
     adapter = read_adapter(settings.adapter)
-    with open_base(adapter, settings.model) as base:
-        target = check_target(settings.output, [adapter.folder, base.folder], settings.overwrite)
+    needed = not all(layer.additive for layer in adapter.layers.values())  # differences tell all by themselves
+    with open_base(adapter, settings.model) if needed else nullcontext() as base:
+        used = [adapter.folder] if base is None else [adapter.folder, base.folder]
+        target = check_target(settings.output, used, settings.overwrite)
         made = export_lora(adapter, base, target, settings.to, settings.rank, getattr(torch, settings.dtype))
     ranks = sorted(set(made.ranks.values()))
     print(f"{len(made.ranks)} layers, rank {' to '.join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))}")

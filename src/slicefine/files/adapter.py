@@ -21,6 +21,7 @@ from ..functional import pad_block
 from ..geometry import AXES, Slice
 from ..journal import Visit, read_table, split_history
 from ..state import SampledEntry, read_sample
+from ..transfer import BESIDE as DIFFERENCES
 from ..tuner import ADAPTER_VERSION
 from .writing import atomic_folder
 
@@ -70,6 +71,7 @@ class LayerFile:
         layout: how the base holds the matrix (`slicefine.weights.WeightKind`), where that is no plain layer's way.
         tensor: the weight's full name there; empty means ``NAME.weight``.
         path: the module's place in the trained model, where the layer is named otherwise.
+        additive: the values are differences that lay beside the weight (a quantised one, say), not what it holds.
     """
 
     shape: tuple[int, int]
@@ -80,6 +82,7 @@ class LayerFile:
     dtype: torch.dtype
     room: tuple[int, int]
     before: list[Tensor | None]
+    additive: bool = False
     layout: str = "linear"
     tensor: str = ""
     path: str = ""
@@ -126,7 +129,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             name, mark, kind = key.rpartition(_MARK)
             if not mark:
                 others[key] = file.get_tensor(key)
-            elif kind not in ("active", *KINDS):
+            elif kind not in ("active", *KINDS, DIFFERENCES):
                 raise AdapterFileError(f"{path / WEIGHTS}: unknown tensor {key}; update slicefine.")
             else:
                 tensors.setdefault(name.removeprefix(_PREFIX), {})[kind] = file.get_tensor(key)
@@ -163,13 +166,15 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
         own = pack_values(layer.visits, layer.values, layer.before)
         config["layout"][name] = {kind: list(tensor.shape) for kind, tensor in own.items()}
         sample = [list(entry) for entry in layer.sample]
-        facts = {"shape": list(layer.shape), "transposed": layer.transposed, "sample": sample}
-        unusual = {"layout": layer.layout, "tensor": layer.tensor} if layer.tensor else {}
-        unusual |= {"path": layer.path} if layer.path else {}
-        config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")} | unusual
+        facts: dict[str, Any] = {"shape": list(layer.shape), "transposed": layer.transposed}
+        facts |= {"additive": True} if layer.additive else {"sample": sample}
+        facts |= {"layout": layer.layout, "tensor": layer.tensor} if layer.tensor else {}
+        facts |= {"path": layer.path} if layer.path else {}
+        config["weights"][name] = facts | {"dtype": str(layer.dtype).removeprefix("torch.")}
         own = {kind: t.to(layer.dtype) if t.is_floating_point() else t for kind, t in own.items()}
         active = layer.values[layer.visits[-1].slice]
         own["active"] = pad_block(active, layer.room)
+        own |= {DIFFERENCES: torch.empty(0)} if layer.additive else {}
         path = layer.path or name
         tensors |= {f"{_PREFIX}{path}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
@@ -292,7 +297,9 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         if not (rows > 0 and columns > 0 and rows * columns <= _LARGEST):
             raise ValueError(f"a matrix of {rows} x {columns}")
         transposed = bool(facts["transposed"])
-        dtype = _DTYPES[facts["dtype"]]
+        dtype, additive = _DTYPES[facts["dtype"]], bool(facts.get("additive", False))
+        if additive != (DIFFERENCES in tensors):
+            raise ValueError("it says something else than the tensors of values or differences")
         layout = str(facts.get("layout", "linear"))
         tensor, path = str(facts.get("tensor", "")), str(facts.get("path", ""))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -306,4 +313,6 @@ def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> Lay
         )
     before = split_history(tensors["journal"], tensors.get("before"))
     sample = read_sample(facts, (rows, columns), name)
-    return LayerFile((rows, columns), transposed, visits, values, sample, dtype, room, before, layout, tensor, path)
+    return LayerFile(
+        (rows, columns), transposed, visits, values, sample, dtype, room, before, additive, layout, tensor, path
+    )

@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import AdapterFileError, UnsupportedError
+from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..functional import read_block
 from ..geometry import Slice
 from ..state import same_base
 from .adapter import Adapter, LayerFile, first_line
 
-__all__ = ["Checkpoint", "find_checkpoint", "kind_of", "model_folder"]
+__all__ = ["Checkpoint", "find_checkpoint", "kind_of", "model_folder", "replaced"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -176,6 +176,8 @@ class Checkpoint:
     def originals(self, name: str, layer: LayerFile) -> dict[Slice, Tensor]:
         """What the base holds in each slice of a layer, as lines, in the precision that it had in training.
 
+        Under differences that lay beside the weight (`LayerFile.additive`) it is the file's precision.
+
         Raises:
             AdapterFileError: if the weight has another shape or other values than it had then.
         """
@@ -254,6 +256,20 @@ class Checkpoint:
         return dict.fromkeys(self._files[_SINGLE].keys(), _SINGLE)
 
 
+def replaced(base: Checkpoint | None, name: str, layer: LayerFile) -> dict[Slice, Tensor]:
+    """`Checkpoint.originals`; differences replaced zeros, so they need no base.
+
+    Raises:
+        ConfigError: for values without a base.
+        AdapterFileError: if the base is not the adapter's.
+    """
+    if layer.additive:
+        return {block: torch.zeros_like(values, dtype=layer.dtype) for block, values in layer.values.items()}
+    if base is None:
+        raise ConfigError(f"{name}: the adapter's slices hold values, so their base's weights are needed.")
+    return base.originals(name, layer)
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """``layer.2`` before ``layer.10``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
@@ -267,7 +283,7 @@ def _lines(part: Any, block: Slice, layer: LayerFile) -> Tensor:
     end = block.start + block.width
     along_rows = (block.axis == "row") != layer.transposed
     values: Tensor = part[block.start : end] if along_rows else part[:, block.start : end].t()
-    return values.to(layer.dtype).contiguous()
+    return values.to(values.dtype if layer.additive else layer.dtype).contiguous()  # beside: in a precision of its own
 
 
 def _open(path: Path) -> Any:

@@ -14,7 +14,7 @@ from ..geometry import Slice, touched
 from ..journal import Visit
 from ..packed import PackedDelta
 from .adapter import Adapter, LayerFile
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, replaced
 
 __all__ = ["POLICIES", "Overlap", "compose", "overlaps"]
 
@@ -63,7 +63,7 @@ def overlaps(adapters: Sequence[Adapter]) -> list[Overlap]:
 
 def compose(
     adapters: Sequence[Adapter],
-    base: Checkpoint,
+    base: Checkpoint | None,
     policy: str = "refuse",
     weights: Sequence[float] | None = None,
     head: int | None = None,
@@ -80,7 +80,7 @@ def compose(
 
     Args:
         adapters: at least two, trained on the same base with the same mode and ranks.
-        base: the weights that they were trained on.
+        base: the weights that they were trained on; None will do for differences (`LayerFile.additive`).
         policy: see above.
         weights: of ``"mean"``, one per adapter; equal ones if None.
         head: the adapter whose other tensors (a classification head, say) the result gets, counted from 0; needed
@@ -155,15 +155,22 @@ def _check(adapters: Sequence[Adapter], policy: str, weights: Sequence[float] | 
         )
 
 
-def _layer(name: str, parts: list[tuple[LayerFile, float]], base: Checkpoint, policy: str) -> tuple[LayerFile, int]:
+def _layer(
+    name: str, parts: list[tuple[LayerFile, float]], base: Checkpoint | None, policy: str
+) -> tuple[LayerFile, int]:
     """One layer's slices of several adapters in one, and how many entries several of them changed."""
     first = parts[0][0]
     blocks = list(dict.fromkeys(block for layer, _ in parts for block in layer.values))
+    if len({layer.additive for layer, _ in parts}) > 1:
+        raise AdapterFileError(
+            f"compose: of the adapters' slices of {name}, some hold values and others differences beside a quantised "
+            "weight. Export them to LoRA instead (slicefine export), whose changes add up."
+        )
     if len({(layer.shape, layer.transposed, layer.room, layer.dtype) for layer, _ in parts}) > 1:
         raise AdapterFileError(f"compose: the adapters do not agree on the weight of {name}; they have other bases.")
     originals: dict[Slice, Tensor] = {}
     for layer, _ in parts:
-        originals |= base.originals(name, layer)
+        originals |= replaced(base, name, layer)
     matrices = [_matrix(first.shape, originals, layer.values) for layer, _ in parts]
     result = _matrix(first.shape, originals, {})
     clashes = PackedDelta(first.shape, torch.float32, torch.device("cpu"))  # ones where several changed an entry

@@ -9,7 +9,7 @@ import torch
 
 from ..geometry import Slice
 from .adapter import Adapter
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, replaced
 
 __all__ = ["Distance", "distances"]
 
@@ -42,11 +42,11 @@ def distances(adapter: Adapter, base: Checkpoint) -> dict[str, dict[Slice, Dista
     """
     result = {}
     for name, layer in adapter.layers.items():
-        originals = base.originals(name, layer)
+        plain, start = base.originals(name, layer), replaced(base, name, layer)
         result[name] = {
             block: Distance(
-                float(torch.linalg.vector_norm(values.double() - originals[block].double())),
-                float(torch.linalg.vector_norm(originals[block].double())),
+                float(torch.linalg.vector_norm(values.double() - start[block].double())),
+                float(torch.linalg.vector_norm(plain[block].double())),
             )
             for block, values in layer.values.items()
         }

@@ -19,7 +19,7 @@ from ..journal import Journal, visit_table
 from ..lora import exact_rank, lora_factors, read_factors, truncate
 from ..packed import PackedDelta
 from .adapter import CONFIG, WEIGHTS, Adapter, LayerFile, open_weights, read_config
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, replaced
 from .writing import atomic_folder
 
 __all__ = ["RUNTIMES", "Exported", "Runtime", "changes", "export_lora", "read_lora"]
@@ -69,18 +69,18 @@ class Exported:
     file_bytes: int
 
 
-def changes(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, LayerFile, list[tuple[Slice, Tensor]]]]:
+def changes(adapter: Adapter, base: Checkpoint | None) -> Iterator[tuple[str, LayerFile, list[tuple[Slice, Tensor]]]]:
     """Every layer with its slices' changes in fp32 or wider, each entry counted once, also where blocks cross.
 
     Args:
-        adapter: the slices, which hold values.
-        base: the weights that they replace; only their rows and columns are read.
+        adapter: the slices, which hold values, or differences (`LayerFile.additive`).
+        base: the weights that values replace; only their rows and columns are read. None will do for differences.
     """
     _refuse_masks(adapter)
     for name, layer in adapter.layers.items():
         wide = torch.promote_types(layer.dtype, torch.float32)
         originals = PackedDelta(layer.shape, wide, torch.device("cpu"))
-        for block, lines in base.originals(name, layer).items():
+        for block, lines in replaced(base, name, layer).items():
             originals.write(block, lines)
         journal = Journal()
         journal.load(visit_table(layer.visits), {block: values.to(wide) for block, values in layer.values.items()})
@@ -89,7 +89,7 @@ def changes(adapter: Adapter, base: Checkpoint) -> Iterator[tuple[str, LayerFile
 
 def export_lora(
     adapter: Adapter,
-    base: Checkpoint,
+    base: Checkpoint | None,
     target: Path,
     to: str = "lora",
     rank: int | None = None,
@@ -99,7 +99,7 @@ def export_lora(
 
     Args:
         adapter: the slices.
-        base: the weights that they were trained on.
+        base: the weights that they were trained on; None will do for differences (`LayerFile.additive`).
         target: folder to write; it appears whole or not at all.
         to: whose loader it is for, one of `RUNTIMES`.
         rank: truncate to this rank by singular value decomposition; None keeps the change exact.

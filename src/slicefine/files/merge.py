@@ -136,8 +136,10 @@ def merge_files(adapter: Adapter, base: Checkpoint, target: Path) -> list[str]:
             places |= stored_tensors(aside / file_name)
         for name, layer in adapter.layers.items():
             place = _place(places, base.key(name, layer.tensor), base)
+            under = base.originals(name, layer) if layer.additive else {}
             for block, lines in layer.values.items():
-                place.write(block, lines, layer.transposed)
+                whole = lines.double() + under[block].double() if layer.additive else lines
+                place.write(block, whole, layer.transposed)
             if place.dtype.itemsize < layer.dtype.itemsize:
                 rounded.add(str(place.dtype).removeprefix("torch."))
         for key, tensor in adapter.others.items():

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..coupling import fitted, structure
 from ..delta import KINDS
@@ -22,9 +23,9 @@ from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..sharded import whole
 from ..state import read_sample
-from ..transfer import ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
+from ..transfer import BESIDE, ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
 from ..tuner import shared_names, warn_about_clamped, warn_about_lost
-from ..weights import TRAINABLE, kind_of, lies_beside
+from ..weights import TRAINABLE, is_linear, kind_of, lies_beside
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
 from .layer import ParamWrapper, SliceFineLinear
@@ -82,6 +83,21 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 parameter.requires_grad_(True)
             raise
         warn_about_clamped(self._clamped)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        """As PEFT's; "all-linear" means layers, too, that are no nn.Linear: quantised ones, and packed attention."""
+        config: Any = super()._prepare_adapter_config(peft_config, model_config)
+        if config.target_modules != "all-linear":
+            return config
+        known = (nn.Linear, Conv1D, BaseTunerLayer)
+        if any(is_linear(module) and not isinstance(module, known) for module in self.model.modules()):
+            output = getattr(self.model, "get_output_embeddings", lambda: None)()
+            named = self.model.named_modules()
+            # below a wrapped layer the base is what trains; the adapter goes to the wrapper
+            config.target_modules = {
+                name.replace(".base_layer", "") for name, m in named if is_linear(m) and m is not output
+            }
+        return config
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -156,6 +172,11 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+        inside = getattr(layer.base_layer, "out_proj", None) if wrapped and layer.kind.layout == "packed" else None
+        key = f"{current_key}.out_proj"
+        if isinstance(inside, SliceFineLinear) and self._check_target_module_exists(peft_config, key):
+            # PEFT passes by what lies inside a layer with adapters
+            self._create_and_replace(peft_config, adapter_name, inside, "out_proj", layer.base_layer, key)
 
     def _new_layer(
         self, target: nn.Module, adapter_name: str, key: str, parameter_name: str | None, additive: bool
@@ -360,7 +381,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         unused = {key for key in state_dict if f".{cls.prefix}" in key and not any(part in key for part in apart)}
         for name, layer in _sliced_layers(model, adapter_name):
             own: dict[str, Tensor] = {}
-            for kind in ("active", *KINDS):
+            for kind in ("active", *KINDS, BESIDE):
                 key = f"{name}.{cls.prefix}{kind}"
                 for candidate in (key, f"{prefix}{key}", f"{key}.{adapter_name}"):
                     if candidate in state_dict:
@@ -368,6 +389,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                         renamed.pop(candidate, None)
                         renamed[f"{key}.{adapter_name}"] = own[kind]
                         unused.discard(candidate)
+            _check_kind(layer, BESIDE in own, name)
             check_tensors(layer, adapter_name, own)
         if unused:
             raise AdapterFileError(
@@ -390,10 +412,7 @@ def _additive(config: SliceFineConfig, base: nn.Module, facts: dict[str, Any], k
         return lies_beside(base, config.additive, key)
     found = bool(facts.get("additive", False))
     if not found and format_of(base) is not None:
-        raise AdapterFileError(
-            f"{key}: the adapter's slices hold values of a weight that was not quantised, and this one is. Load it "
-            "onto the base without quantisation, or export it to LoRA (slicefine export), which fits both."
-        )
+        raise _values_do_not_fit(key)
     return found
 
 
@@ -402,6 +421,25 @@ def _copy_slices(model: nn.Module, source: str, target: str) -> None:
     for _, layer in _sliced_layers(model, target):
         active = layer.slicefine_active[source].detach().clone()
         load_tensors(layer, target, file_tensors(layer, source) | {"active": active})
+
+
+def _check_kind(layer: SliceFineLinear, beside: bool, name: str) -> None:
+    """Raise `AdapterFileError` unless a file's slices are of the kind that the layer's are: values or differences."""
+    if layer.packed is not None and not beside:
+        raise _values_do_not_fit(name)
+    if layer.packed is None and beside:
+        raise AdapterFileError(
+            f"{name}: the file's slices are differences, and this layer's are values. Load the folder as a new adapter "
+            "(PeftModel.from_pretrained), or make this one with additive=True."
+        )
+
+
+def _values_do_not_fit(name: str) -> AdapterFileError:
+    return AdapterFileError(
+        f"{name}: the adapter's slices hold values of a weight that was not quantised, and here they lie beside the "
+        "weight, as differences. Load it onto the base without quantisation, or export it to LoRA (slicefine export), "
+        "which fits both."
+    )
 
 
 def _all_targets(configs: list[SliceFineConfig]) -> set[str] | str:

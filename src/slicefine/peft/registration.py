@@ -57,7 +57,11 @@ def _count_active_entries() -> None:
 
     def print_trainable_parameters(self: Any) -> None:
         show(self)
-        if any(isinstance(layer, SliceLayer) for layer in self.modules()):
+        layers = [layer for layer in self.modules() if isinstance(layer, SliceLayer)]
+        beside = sum(layer.packed.numel() for layer in layers if layer.packed is not None)
+        if any(layer.packed is not None for layer in layers):
+            print(f"added params: {beside:,} (differences beside weights that are not written)")
+        elif layers:
             print("added params: 0 (SliceFine trains slices of the base weights in place)")
 
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]

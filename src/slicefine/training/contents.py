@@ -121,6 +121,8 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     for key in ("mode", "r", "moves", "interval", "window"):
         if config.get(key) is not None:
             facts.add_row(key, str(config[key]))
+    if config.get("additive"):
+        facts.add_row("slices hold", "differences beside the weights")
     facts.add_row("layers", str(len(contents.layers)))
     if contents.layers:
         facts.add_row("steps per visit", ", ".join(_steps(contents.layers)))
