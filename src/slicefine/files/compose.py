@@ -19,8 +19,8 @@ from .checkpoint import Checkpoint, replaced
 __all__ = ["POLICIES", "Overlap", "compose", "overlaps"]
 
 POLICIES = ("refuse", "sum", "last", "mean")
-_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_SAME = ("mode", "r", "r_row", "r_column", "rank_pattern", "mask_fraction")
+_TARGETS = ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern")
+_SAME = ("mode", "r", "r_row", "r_column", "rank_pattern", "mask_fraction", "whole_heads", "coupled")
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,19 @@ def _visits(layers: list[LayerFile]) -> list[Visit]:
 
 
 def _config(adapters: Sequence[Adapter], head: Adapter | None) -> dict[str, Any]:
-    names = sorted({name for adapter in adapters for name in adapter.layers})
+    layers = {name: layer for adapter in adapters for name, layer in adapter.layers.items()}
+    single = sorted(name for name, layer in layers.items() if layer.tensor == name)  # parameters, not whole layers
+    names = sorted(layers.keys() - set(single))
     same = all(adapter.config.get(key) == adapters[0].config.get(key) for adapter in adapters for key in _TARGETS)
-    own: dict[str, Any] = {} if same else {**dict.fromkeys(_TARGETS), "target_modules": names}
+    own: dict[str, Any] = (
+        {}
+        if same
+        else {
+            **dict.fromkeys(_TARGETS),
+            "target_modules": names,
+            "target_parameters": single or None,
+        }
+    )
     source = {} if head is None else head.config
     changes: dict[str, Any] = {
         **own,

@@ -31,6 +31,9 @@ _OPTIONS = {
     "share": None,
     "seed": None,
     "rank_pattern": None,
+    "whole_heads": False,
+    "coupled": False,
+    "target_parameters": None,
 }
 
 

@@ -107,8 +107,12 @@ class SliceSettings:
         seed: of random positions, masks and windows; None is training.seed.
         target_modules: "all-linear", names, a regular expression, or null for the architecture's default.
         exclude_modules: names or a regular expression of layers to leave out.
+        target_parameters: names of single parameters to train beside them, such as experts' weights in one piece.
         layers_to_transform: indices of the layers to train; null is all.
         rank_pattern: rank of single layers, by name or regular expression.
+        whole_heads: slices of attention's projections are whole heads: ranks are rounded up to the head size.
+        coupled: train both sides of the same hidden units at a time, with r_row: rows of up with the columns of down,
+            rows of values with the columns of outputs.
     """
 
     r: int = 12
@@ -134,8 +138,11 @@ class SliceSettings:
     seed: int | None = None
     target_modules: str | list[str] | None = "all-linear"
     exclude_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    whole_heads: bool = False
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         row, column = self.r if self.r_row is None else self.r_row, self.r if self.r_column is None else self.r_column
