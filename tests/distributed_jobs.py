@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
+import sys
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -533,7 +535,9 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[i], "labels": self.ids[i]}
 
 
-def trainer_run(folder: Path, world: int, resume_from: str | None = None, **settings: Any) -> Found:
+def trainer_run(
+    folder: Path, world: int, resume_from: str | None = None, callbacks: Sequence[Any] = (), **settings: Any
+) -> Found:
     """PEFT and `Trainer`, six steps of eight rows in two micro-batches, moves after every second step."""
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -553,7 +557,9 @@ def trainer_run(folder: Path, world: int, resume_from: str | None = None, **sett
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
     }
-    trainer = Trainer(model, TrainingArguments(**{**arguments, **settings}), train_dataset=Rows())
+    trainer = Trainer(
+        model, TrainingArguments(**{**arguments, **settings}), train_dataset=Rows(), callbacks=list(callbacks)
+    )
     trainer.train(resume_from_checkpoint=resume_from)
     (mover,) = movers_of(model)
     tables = {name: visit_table(layer.states["default"].journal.visits) for name, layer in mover.layers.items()}
@@ -607,3 +613,22 @@ def _plugin(folder: Path, resume_from: str | None = None) -> Found:
         PartialState.__init__ = original
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+
+# -- a process that dies ------------------------------------------------------------------------------------------
+
+
+def die(folder: Path) -> None:
+    """Under torchrun: the second process is killed after the fourth step, one step after the checkpoint."""
+    from transformers import TrainerCallback
+
+    class Die(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4 and args.process_index == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer_run(folder, 2, callbacks=[Die()], ddp_backend="gloo")
+
+
+if __name__ == "__main__":
+    die(Path(sys.argv[1]))

@@ -6,23 +6,31 @@ The oracle is a single process on the whole batch, which the other tests compare
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.testing import assert_close
 
 import distributed_jobs as jobs
-from core_helpers import lines_of
+from core_helpers import batches, lines_of, step
 from peft_helpers import THIRD_PARTY
+from slicefine.errors import UnsupportedError
 from slicefine.journal import read_table
 
 pytestmark = THIRD_PARTY
 
 JOBS = ["ddp", "ddp_resumed", "ddp_unlike", "trainer_ddp", "trainer_ddp_resumed", "fsdp2", "fsdp2_kept"]
 JOBS += ["fsdp2_variants", "fsdp2_precision", "fsdp2_saves", "fsdp2_resumed", "fsdp2_guards", "peft_fsdp2"]
+JOBS += ["pipeline", "trainer_fsdp2", "trainer_fsdp2_resumed"]
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +208,7 @@ def test_disabled_slices_show_the_base_model(found):
 REFUSED = {
     "attached too late": "Make the slices first .*, then fully_shard",
     "tensor parallel": "leave tensor parallelism out",
+    "tensor parallel later": "instead of parallelize_module or tp_plan",
     "ignored": "Leave slicefine_active out of ignored_params",
     "fsdp1": "Use FSDP2",
     "fsdp1 with original parameters": "Use FSDP2",
@@ -254,4 +263,63 @@ def test_trainer_resumes_on_two_processes_what_one_began(found, alone):
 def test_trainer_resumes_in_one_process_what_two_began(found, alone, folder):
     of(found, "trainer_ddp")
     again = jobs.trainer_run(folder / "trainer-alone", 1, str(folder / "trainer-two" / "checkpoint-3"))
+    same_run(again, alone["trainer"])
+
+
+def test_trainer_under_fsdp2_gives_the_run_of_one_process(found, alone, folder):
+    for result in of(found, "trainer_fsdp2"):
+        same_run(result, alone["trainer"])
+    one, two = (
+        load_file(folder / name / "checkpoint-6" / "adapter_model.safetensors")
+        for name in ("trainer-one", "trainer-fsdp2")
+    )
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        assert_close(tensor, two[key], atol=1e-4, rtol=1e-3)
+
+
+def test_trainer_under_fsdp2_resumes(found, alone):
+    for result in of(found, "trainer_fsdp2_resumed"):
+        same_run(result, alone["trainer"], slice(3, None))
+
+
+def test_two_stages_of_a_pipeline_are_one_model(found):
+    model, tuner = jobs.tune("alternate")
+    optimizer = jobs.adamw(tuner.parameters())
+    for x, y in batches(jobs.STEPS):
+        step(model, optimizer, x, y)
+    expected = jobs.facts(tuner)
+    first, second = of(found, "pipeline")
+    same_trajectory({key: first[key] + second[key] for key in first}, expected)
+
+
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
+def test_zero_is_refused_where_its_marks_are_seen(mark):
+    model, tuner = jobs.tune("row")
+    setattr(tuner.parameters()[0], mark, 1)
+    with pytest.raises(UnsupportedError, match=r"0: DeepSpeed's ZeRO .* Use ZeRO stage 0, or FSDP2"):
+        model(batches(1)[0][0])
+
+
+def test_a_step_that_only_creates_state_is_none():
+    """torch.distributed.checkpoint steps a new optimizer with a rate of zero and zeros for gradients."""
+    model, tuner = jobs.tune("row")
+    optimizer = jobs.adamw(tuner.parameters())
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.state
+    assert (tuner.mover.step, tuner.mover.visits) == (0, 1)
+    x, y = batches(1)[0]
+    optimizer.param_groups[0]["lr"] = 0.0  # a warm-up's first step has gradients
+    step(model, optimizer, x, y)
+    assert tuner.mover.step == 1
+
+
+def test_a_killed_process_ends_the_run_which_resumes(alone, folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [f"--master-port={jobs.free_port()}", jobs.__file__, str(folder / "killed")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert ended.returncode != 0
+    assert "Signal 9 (SIGKILL)" in ended.stderr
+    assert not (folder / "killed" / "checkpoint-6").exists()
+    again = jobs.trainer_run(folder / "killed-again", 1, str(folder / "killed" / "checkpoint-3"))
     same_run(again, alone["trainer"])

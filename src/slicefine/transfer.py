@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
@@ -90,6 +90,11 @@ class AdapterTensors(nn.Module):
         for name in list(self._owner.states):
             if prefix + name in state_dict:
                 _stage(self._owner, name, self._kind, state_dict[prefix + name])
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, *args: Any) -> Iterator[tuple[str, Tensor]]:
+        """Names that a state dict may bring, for torch.distributed.checkpoint, which asks module by module."""
+        for name in () if recurse else self._owner.states:
+            yield prefix + name, torch.empty(0, device=self._owner.weight.device)
 
     def __getattr__(self, name: str) -> Any:
         owner = self.__dict__.get("_owner")
@@ -294,7 +299,12 @@ def take_out_arrived(layer: Holder) -> None:
 
 
 def _stage(layer: Holder, name: str, kind: str, tensor: Tensor) -> None:
-    """Take over one tensor of a file; it is installed when the journal and the active block are there."""
+    """Take over one tensor of a file; it is installed when the journal and the active block are there.
+
+    An empty one is as good as none: loaders that broadcast from one process bring them for what the file lacks.
+    """
+    if tensor.numel() == 0 and not tensor.is_meta:
+        return
     if kind == "journal":
         expected_shapes(tensor, layer.shape)  # refuse a foreign or corrupt journal before anything changes
     if kind == ORIGINALS:
