@@ -42,7 +42,7 @@ from slicefine.training.report import environment
 
 METHODS = ("lora r=8", "column r=12", "alternate r=12", "column r=5")
 TEXT = "Once upon a time there was a little girl who went to the park with her dog and played until it was dark. "
-WIDE = "llama 4 x 512"
+WIDE = "llama 2 x 512"
 WARM = 2  # steps of a run that are not timed
 
 
@@ -67,10 +67,10 @@ def config(method: str, task: str | None = "CAUSAL_LM") -> Any:
 
 
 def wide(words: int) -> LlamaForCausalLM:
-    """A Llama of four layers of width 512, large enough for matrix products to count."""
+    """A Llama of two layers of width 512, large enough for matrix products to count."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512}
-    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "vocab_size": words}
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 2, "vocab_size": words}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2, pad_token_id=0))
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a small Llama and its tokenizer")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="the folder's model and SFT only")
     args = parser.parse_args()
