@@ -120,3 +120,22 @@ def test_packed_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = {row["method"]: row for row in json.loads((tmp_path / "p.json").read_text())["results"]}
     assert found["in_proj"]["trainable at a time"] == 6 * 12 * 384
     assert found["in_proj"]["last loss"] < found["in_proj"]["first loss"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_trl_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("trl", reason="TRL is not installed (extra trl)")
+    folder = SHARED / "models" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    words = ["--tokenizer", str(folder), "--out", str(tmp_path / "t.json"), "--rounds", "2", "--steps", "2", "--smoke"]
+    monkeypatch.setattr(sys, "argv", ["trl_steps.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "trl_steps.py"), run_name="__main__")
+    record = json.loads((tmp_path / "t.json").read_text())
+    small, large = record["pushes"].values()
+    for kind in record["steps"]["stories260k"].values():
+        assert [row["moves per run"] for row in kind.values()] == [0, 1, 1, 1]
+        assert kind["column r=5"]["kept MiB"] < kind["alternate r=12"]["kept MiB"] <= kind["lora r=8"]["kept MiB"]
+    assert all(row["copy equals the merged model"] for name, row in small.items() if "LoRA" not in name)
+    assert large["LoRA r=8"]["merged"] == 2 * 28 * (2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192)
+    assert large["column r=5"]["bytes"] == [2 * 5 * 28 * (2 * 3072 + 2 * 1024 + 2 * 8192 + 3072)]

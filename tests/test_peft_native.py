@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,14 @@ def test_a_folder_with_base_and_adapter_loads_in_one_call(tmp_path: Path):
     model.save_pretrained(tmp_path / "adapter")
     found = type(base).from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(found), logits(model))
+
+
+def test_a_loaded_adapter_misses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    native().save_pretrained(tmp_path)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        llama().load_adapter(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "MISSING" not in caplog.text

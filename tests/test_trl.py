@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from trl import (  # noqa: E402
     SFTConfig,
     SFTTrainer,
 )
+from trl.generation.vllm_generation import VLLMGeneration  # noqa: E402
 from trl.trainer.utils import use_adapter  # noqa: E402
 
 from trl_helpers import (  # noqa: E402
@@ -271,3 +274,23 @@ def test_grpo_with_generation_in_the_loop(tmp_path: Path, iterations: int):
     assert ("old_per_token_logps" in run.batch) == (iterations > 1)
     assert float(run.batch["advantages"].abs().max()) > 0
     check_run(run, tmp_path)
+
+
+def test_what_trl_sends_to_vllm_is_the_trained_model():
+    model = get_peft_model(base_model(), slices())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    everything = SimpleNamespace(gather_params=lambda params: nullcontext(), is_fsdp=False)
+    names = partial(VLLMGeneration._fix_param_name_to_vllm, None)
+    sender = SimpleNamespace(model=model, _dist=everything, _fix_param_name_to_vllm=names)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        engine = base_model()
+        sent = {name: tensor.clone() for name, tensor in VLLMGeneration._iter_named_params(sender)}
+        assert same(sent, plain(model))
+        engine.load_state_dict(sent, strict=False)
+        assert torch.equal(logits(engine), logits(model))
+        loss.backward()  # the forward's weights are still there
+        optimizer.step()
+    assert movers_of(model)[0].visits == 3
+    assert not same(plain(model), plain(loaded()))

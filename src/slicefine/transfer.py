@@ -167,10 +167,11 @@ def _state_tensor(layer: Holder, name: str, kind: str) -> Tensor | None:
         return torch.empty(0)
     if kind != ORIGINALS:
         return file_tensors(layer, name).get(kind)
-    if ORIGINALS in layer.states[name].layout:
-        return _placeholders(layer.states[name].layout)[ORIGINALS]
-    journal = layer.states[name].journal
-    if not journal.applied:
+    state = layer.states[name]
+    journal = state.journal
+    if ORIGINALS in state.layout:
+        return _placeholders(state.layout)[ORIGINALS]
+    if not journal.applied or state.layout.keys() - state.staged.keys():  # or an adapter's file, without them, is due
         return None
     with layer.reverted() as weight:
         return torch.cat([read_block(weight, block).reshape(-1) for block in journal.slices()])
