@@ -243,7 +243,13 @@ class SliceLayer(nn.Module):
     def fold(self) -> None:
         """Add what lies beside the weight to it; rounding makes this final."""
         if self.packed is not None:
-            self.packed.add_to(self._base_matrix())
+            base = self._base_matrix()
+            if not isinstance(base, Tensor):
+                raise UnsupportedError(
+                    f"{self.label}: its weight is spread over processes, so what lies beside it cannot be added to it. "
+                    "Save the slices, load them in one process, and merge there."
+                )
+            self.packed.add_to(base)
             self.packed.clear()
 
     @contextmanager
@@ -351,8 +357,7 @@ class SliceLayer(nn.Module):
         self.check_block(name, block)
         journal = self.states[name].journal
         new = block not in journal.slices()
-        journal.begin(self.dense(), block, step)
-        self.load_active(name)
+        self.load_active(name, journal.begin(self.dense(), block, step))
         if new and self.states[name].schedule.start_values != "pretrained":
             self._start_anew(name, block)
 
@@ -365,13 +370,13 @@ class SliceLayer(nn.Module):
         self._active_part(name, whole_values).copy_(values)
         self.take(name, whole_values)
 
-    def load_active(self, name: str) -> None:
-        """Make parameter, index and content stamp agree with the journal's active slice."""
+    def load_active(self, name: str, values: Tensor | None = None) -> None:
+        """Make parameter, index and content stamp agree with the journal's active slice; None reads its values."""
         state, parameter = self.states[name], self.parameter(name)
         parameter.grad = None  # it belonged to the slice that was there
         if not parameter.is_meta:
-            values = read_block(self.dense(), state.journal.active).to(parameter.dtype)
-            self.put(name, pad_block(values, parameter.shape))
+            values = read_block(self.dense(), state.journal.active) if values is None else values
+            self.put(name, pad_block(values.to(parameter.dtype), parameter.shape))
         self.aim(name)
         state.previous = None
         self.mark_synced(name)
@@ -412,7 +417,7 @@ class SliceLayer(nn.Module):
         return before[0] == now[0] and before[1] != now[1]
 
     def write_views(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The active block's views in the dense weight and in ``parameter``; None for a random mask and sharded weights.
+        """The active block's views in the dense weight and in ``parameter``; None for a mask and for shards.
 
         They are kept from step to step: only a move, or other storage under either of the two, makes new ones.
         """

@@ -172,7 +172,7 @@ def _part(tensor: Tensor) -> _Part:
     if not is_sharded(tensor):
         return _Part(tensor.data, 0, 0)
     shard = cast(DTensor, tensor)
-    values = shard.detach().to_local()
+    values = cast(DTensor, shard.detach()).to_local()
     dimension, place = _sharding(shard)
     if dimension is None:
         return _Part(values, 0, 0)
@@ -229,7 +229,7 @@ def _gather(buffers: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
         parts = [result[i].reshape(-1).view(torch.uint8) for i in members]
         flat = torch.cat(parts).to(mesh.device_type)
         torch.distributed.all_reduce(flat, group=mesh.get_group(place))
-        for i, piece in zip(members, flat.split([part.numel() for part in parts]), strict=True):
+        for i, piece in zip(members, torch.split(flat, [part.numel() for part in parts]), strict=True):
             buffer = result[i]
             result[i] = piece.clone().to(buffer.device).view(buffer.dtype).reshape(buffer.shape)
     return result
