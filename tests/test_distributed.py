@@ -21,16 +21,20 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.testing import assert_close
 
 import distributed_jobs as jobs
+import sharded_jobs as sharded
 from core_helpers import batches, lines_of, step
 from peft_helpers import THIRD_PARTY
 from slicefine.errors import UnsupportedError
 from slicefine.journal import read_table
+from slicefine.schedule import Schedule
+from slicefine.training.gpus import loads, shape_of
 
 pytestmark = THIRD_PARTY
 
-JOBS = ["ddp", "ddp_resumed", "ddp_unlike", "trainer_ddp", "trainer_ddp_resumed", "fsdp2", "fsdp2_kept"]
-JOBS += ["fsdp2_variants", "fsdp2_precision", "fsdp2_saves", "fsdp2_resumed", "fsdp2_guards", "peft_fsdp2"]
-JOBS += ["pipeline", "trainer_fsdp2", "trainer_fsdp2_resumed"]
+JOBS = [jobs.ddp, jobs.ddp_resumed, jobs.ddp_unlike, jobs.trainer_ddp, jobs.trainer_ddp_resumed, jobs.pipeline]
+JOBS += [sharded.fsdp2, sharded.fsdp2_kept, sharded.fsdp2_variants, sharded.fsdp2_precision, sharded.fsdp2_saves]
+JOBS += [sharded.fsdp2_traffic, sharded.fsdp2_resumed, sharded.fsdp2_guards, sharded.peft_fsdp2]
+JOBS += [sharded.trainer_fsdp2, sharded.trainer_fsdp2_resumed]
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +125,20 @@ def test_fsdp2_that_keeps_parameters_gathered(mode, found, alone):
         same_trajectory(result[mode], alone[mode])
 
 
-@pytest.mark.parametrize("name", jobs.VARIANTS)
+@pytest.mark.parametrize("name", sharded.VARIANTS)
 def test_fsdp2_with_every_setting_that_touches_parameters(name, found):
-    expected = jobs.alone(**jobs.VARIANTS[name])
+    expected = jobs.alone(**sharded.VARIANTS[name])
     for result in of(found, "fsdp2_variants"):
         same_trajectory(result[name], expected)
 
 
-@pytest.mark.parametrize("name", jobs.PRECISIONS)
+@pytest.mark.parametrize("name", sharded.PRECISIONS)
 def test_fsdp2_in_mixed_precision(name, found):
-    expected = jobs.alone_rounded(name)
-    first = jobs.mlp(dtype=jobs.PRECISIONS[name])
+    expected = sharded.alone_rounded(name)
+    first = jobs.mlp(dtype=sharded.PRECISIONS[name])
     for result in of(found, "fsdp2_precision"):
         for layer, weight in enumerate(result[name]["weights"]):
-            assert weight.dtype == jobs.PRECISIONS[name]
+            assert weight.dtype == sharded.PRECISIONS[name]
             assert_close(weight, expected["weights"][layer], atol=4e-3, rtol=2e-2)
             assert (weight - first[2 * layer].weight).abs().max() > 0.02  # trained by more than that
             block = read_table(result[name]["visits"][layer])[-1].slice
@@ -171,7 +175,7 @@ def test_one_process_resumes_a_sharded_run(name, found, alone, folder):
     model, tuner = jobs.tune("alternate")
     optimizer = jobs.adamw(tuner.parameters())
     if name == "dcp":
-        jobs.from_dcp(model, optimizer, folder / "dcp")
+        sharded.from_dcp(model, optimizer, folder / "dcp")
     else:
         whole = torch.load(folder / "full.pt")
         if name == "file":
@@ -239,6 +243,18 @@ def test_saving_an_adapter_gathers_slices_and_no_weights(found):
     smallest = 16 * 16 * 4  # bytes of the smallest weight
     for result in of(found, "peft_fsdp2"):
         assert 0 < result["largest"] < smallest
+
+
+def test_what_is_sent_is_what_the_planner_says(found):
+    """Of our own: each step the parameters' values, and at a move a check of them and the blocks that come next."""
+    shape = shape_of(jobs.mlp())
+    assert shape.parameters == sum(p.numel() for p in jobs.mlp().parameters())
+    entries = sum(2 * columns for _, columns in shape.matrices)
+    (load,) = [x for x in loads(shape, Schedule("row", 2, 2), 2, 8) if (x.method, x.engine) == ("slices", "FSDP2")]
+    assert load.entries == entries
+    for result in of(found, "fsdp2_traffic"):
+        assert result["step"] == 8 * entries  # float64 here, where the planner speaks of fp32
+        assert result["move"] == 8 * entries + 8 * entries
 
 
 def same_run(one, other, losses=slice(None)):

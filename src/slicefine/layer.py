@@ -310,14 +310,20 @@ class SliceLayer(nn.Module):
             What a quantised weight lost in it; None for others.
 
         Raises:
-            UnsupportedError: if the weight's format cannot be quantised anew.
+            UnsupportedError: if the weight's format cannot be quantised anew, or if the weight is sharded.
         """
         if self.packed is None or self.packed.empty:
             return None
         lost = requantise(self.base_layer, self.packed, write) if self.quantised else None
         if write:
             if lost is None:
-                self.packed.add_to(cast(Tensor, self._base_matrix()))
+                base = self._base_matrix()
+                if not isinstance(base, Tensor):
+                    raise UnsupportedError(
+                        f"{self.label}: its weight is spread over processes, so what lies beside it cannot be added to "
+                        "it. Save the slices, load them in one process, and merge there."
+                    )
+                self.packed.add_to(base)
             self.packed.clear()
         return lost
 
@@ -447,8 +453,7 @@ class SliceLayer(nn.Module):
         self.check_block(name, block)
         journal = self.states[name].journal
         new = block not in journal.slices()
-        journal.begin(self.dense(), block, step)
-        self.load_active(name)
+        self.load_active(name, journal.begin(self.dense(), block, step))
         if new and self.states[name].schedule.start_values != "pretrained":
             self._start_anew(name, block)
 
@@ -461,13 +466,13 @@ class SliceLayer(nn.Module):
         self._active_part(name, whole_values).copy_(values)
         self.take(name, whole_values)
 
-    def load_active(self, name: str) -> None:
-        """Make parameter, index and content stamp agree with the journal's active slice."""
+    def load_active(self, name: str, values: Tensor | None = None) -> None:
+        """Make parameter, index and content stamp agree with the journal's active slice; None reads its values."""
         state, parameter = self.states[name], self.parameter(name)
         parameter.grad = None  # it belonged to the slice that was there
         if not parameter.is_meta:
-            values = read_block(self.dense(), state.journal.active).to(parameter.dtype)
-            self.put(name, pad_block(values, parameter.shape))
+            values = read_block(self.dense(), state.journal.active) if values is None else values
+            self.put(name, pad_block(values.to(parameter.dtype), parameter.shape))
         self.aim(name)
         state.previous = None
         self.mark_synced(name)

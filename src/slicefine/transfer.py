@@ -207,8 +207,8 @@ def expect_checkpoint(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> 
         >>> from torch.distributed.checkpoint import FileSystemReader
         >>> def announce(model, path):
         ...     found = FileSystemReader(path).read_metadata().state_dict_metadata
-        ...     own = {name.removeprefix("model."): facts for name, facts in found.items() if "slicefine_" in name}
-        ...     expect_checkpoint(model, {name: facts.size for name, facts in own.items()})
+        ...     sizes = {key.removeprefix("model."): item.size for key, item in found.items() if "slicefine_" in key}
+        ...     expect_checkpoint(model, sizes)
     """
     for prefix, layer in model.named_modules():
         if not hasattr(layer, "slicefine_active"):

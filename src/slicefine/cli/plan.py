@@ -31,6 +31,9 @@ class PlanSettings(TrainSettings):
         per_layer: with rank=auto, a rank for each layer; else one for all, the median.
         calibration: with rank=auto, train rows to look at; n rows give ranks of at most n - 1.
         rank_file: with rank=auto, a JSON file for the result.
+        gpus: say what each of so many GPUs would hold and send under DDP and FSDP2, instead of measuring; it takes
+            model.path's configuration alone, no weights and no data.
+        lora_rank: with gpus, the rank of the LoRA adapters beside the slices.
     """
 
     modes: list[str] = field(default_factory=lambda: ["row", "column", "alternate"])
@@ -43,6 +46,8 @@ class PlanSettings(TrainSettings):
     per_layer: bool = False
     calibration: int = 256
     rank_file: str | None = None
+    gpus: int | None = None
+    lora_rank: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +72,7 @@ class PlanSettings(TrainSettings):
 def parser() -> ArgumentParser:
     """Options of `slicefine plan`."""
     usage = "slicefine plan [--config RECIPE.yaml] [--modes [row,column]] [--ranks [5,12]] [--memory GIB] [--rank auto]"
+    usage += " [--gpus N]"
     result = ArgumentParser(usage=usage, description="Measure what each mode and rank would cost, before a run.")
     result.add_argument("--config", action="config", help="Recipe in YAML, as for train; flags after it override it.")
     result.add_class_arguments(PlanSettings)
@@ -80,6 +86,11 @@ def run(chosen: Any) -> int:
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
+    if settings.gpus is not None:
+        from ..training.gpus import plan_gpus
+
+        plan_gpus(settings, settings.gpus, settings.lora_rank)
+        return 0
     if settings.rank is not None:
         from ..training.rank import rank_plan
 
