@@ -148,6 +148,16 @@ def test_what_changed_is_what_a_log_of_all_steps_says(plan: list[tuple[str, int,
     assert torch.equal(covered, weight != log[since]) or since == 0
 
 
+def test_a_receiver_may_be_made_for_inference_only():
+    tuner = attach(mlp(), r=2, mode="row", interval=3)
+    with torch.inference_mode():
+        receiver = mlp()
+    for x, y in batches(2):
+        step(tuner.model, torch.optim.SGD(tuner.parameters(), lr=0.1), x, y)
+    apply_slices(receiver, tuner.delta_since(0))
+    assert same(receiver.state_dict(), merged(tuner))
+
+
 def test_a_write_that_no_step_made_is_sent_with_its_slice():
     tuner, receiver = attach(mlp(), r=2, mode="row", interval=3), mlp()
     with torch.no_grad():

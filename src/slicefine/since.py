@@ -112,10 +112,11 @@ def apply_slices(target: nn.Module | Mapping[str, Tensor], slices: Delta) -> Non
         target = dict(target.named_parameters(remove_duplicate=False))
     for name, blocks in slices.items():
         _check_fit(target, name, blocks)
-    with torch.no_grad():
-        for name, blocks in slices.items():
+    for name, blocks in slices.items():
+        weight = target[name].detach()
+        with torch.no_grad(), torch.inference_mode(weight.is_inference()):  # as engines' weights often are
             for block, values in blocks:
-                write_block(target[name].detach(), block, values.to(target[name].device))
+                write_block(weight, block, values.to(weight.device))
 
 
 def _layers(model: nn.Module, adapter_name: str) -> Iterator[SliceLayer]:
