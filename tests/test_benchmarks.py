@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,31 @@ def test_trl_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert all(row["copy equals the merged model"] for name, row in small.items() if "LoRA" not in name)
     assert large["LoRA r=8"]["merged"] == 2 * 28 * (2 * 3072 * 3072 + 2 * 3072 * 1024 + 3 * 3072 * 8192)
     assert large["column r=5"]["bytes"] == [2 * 5 * 28 * (2 * 3072 + 2 * 1024 + 2 * 8192 + 3072)]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--out", str(tmp_path / "q.json"), "--width", "64", "--layers", "1", "--tokens", "32", "--rounds", "1"]
+    words += ["--rank", "2", "--moves", "0", "2", "--modes", "column", "--kinds", "4bit", "8bit"]
+    monkeypatch.setattr(sys, "argv", ["quantised.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "quantised.py"), run_name="__main__")
+    bases = json.loads((tmp_path / "q.json").read_text())["bases"]
+    assert list(bases) == ["4bit", "8bit"]
+    for rows in bases.values():
+        assert [row["method"] for row in rows] == ["frozen", "lora r=8", "column r=2, 0 moves", "column r=2, 2 moves"]
+        assert rows[0]["ratio"] == 1.0
+        assert 0 == rows[1]["visited share"] < 3 * rows[2]["visited share"] == pytest.approx(rows[3]["visited share"])
+        assert rows[0]["loss"][0] == rows[0]["loss"][1] != rows[3]["loss"][1]
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_qlora_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["qlora_gpu.py", "--out", str(tmp_path / "g.json"), "--smoke"])
+    runpy.run_path(str(ROOT / "benchmarks" / "qlora_gpu.py"), run_name="__main__")
+    rows = {row["method"]: row for row in json.loads((tmp_path / "g.json").read_text())["rows"]}
+    assert {"qlora r=8", "qlora r=16", "column r=12", "alternate r=12, 8 moves"} <= rows.keys()
+    assert rows["qlora r=8"]["ratio"] == 1.0
+    # the base comes back as it was: whatever adds nothing yet begins with its loss
+    assert len({rows[name]["loss"][0] for name in ("qlora r=8", "qlora r=16", "column r=12", "alternate r=12")}) == 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, DataError
 from .geometry import block_count, block_start
+from .quantised import prepare, release
 from .tuner import linear_names, matches
 from .weights import trains
 
@@ -209,12 +210,15 @@ def _watched(
             f"energy: target_modules={target_modules!r} matches no nn.Linear or Conv1D layer; those of this "
             f"model are called {', '.join(linear_names(model)[:20])}."
         )
+    prepared = [module for module in model.modules() if prepare(module)]
     try:
         with evaluating(model):
             yield
     finally:
         for handle in handles:
             handle.remove()
+        for module in prepared:
+            release(module)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 
-__all__ = ["Format", "Requantised", "format_of", "place_of", "prepare", "release", "requantise"]
+__all__ = ["Format", "Requantised", "format_of", "place_of", "plain_values", "prepare", "release", "requantise"]
 
 _TORCHAO = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
 _FLAG = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit, see `prepare`
@@ -197,17 +197,25 @@ def place_of(layer: nn.Module) -> Tensor:
     return weight if isinstance(weight, Tensor) else next(_tensors(layer))
 
 
-def prepare(layer: nn.Module) -> None:
-    """Keep a layer's weight as it is while slices train beside it.
+def plain_values(tensor: Tensor) -> Tensor:
+    """What a tensor stands for, to compare it: torchao's tensors know few operators; all others as they are."""
+    kinds = type(tensor).__mro__
+    return tensor.dequantize() if any(k.__module__.partition(".")[0] == "torchao" for k in kinds) else tensor
+
+
+def prepare(layer: nn.Module) -> bool:
+    """Keep a layer's weight as it is while slices train beside it; whether there was something to do.
 
     On some CPUs bitsandbytes packs a 4-bit weight anew at the first forward in evaluation mode, for inference: that
     layout has no backward, and the scales are rounded. It is switched off until `release`.
     """
-    if getattr(layer, _FLAG, False):
-        setattr(layer, _FLAG, False)
-        layer.__dict__["_slicefine_released"] = True
-        if getattr(_part(layer, "weight").quant_state, "packing_format_for_cpu", False):
-            layer.state_dict()  # unpacks it
+    if not getattr(layer, _FLAG, False):
+        return False
+    setattr(layer, _FLAG, False)
+    layer.__dict__["_slicefine_released"] = True
+    if getattr(_part(layer, "weight").quant_state, "packing_format_for_cpu", False):
+        layer.state_dict()  # unpacks it
+    return True
 
 
 def release(layer: nn.Module) -> None:

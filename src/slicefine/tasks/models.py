@@ -9,8 +9,10 @@ from typing import Any
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import ConfigError
+from ..quantised import prepare
 from .base import Loaded
 from .minilm import HUB_ID, minilm_folder
+from .quantisation import quantisation
 from .settings import ModelSettings
 
 __all__ = ["load_model", "load_tokenizer", "resolve_path"]
@@ -52,6 +54,8 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
     path = resolve_path(settings.path)
     if settings.attention is not None:
         config["attn_implementation"] = settings.attention
+    if settings.quantize is not None:
+        config["quantization_config"] = quantisation(auto, settings, path)
     try:
         model, info = auto.from_pretrained(
             path,
@@ -73,6 +77,9 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
         )
     if settings.path == "minilm":  # the adapter's card should name its base as other machines know it
         model.config._name_or_path = HUB_ID
+    if settings.quantize is not None:
+        for module in model.modules():
+            prepare(module)  # a run evaluates before it trains
     changed = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
     return Loaded(model, None, _new_modules(model, [*info["missing_keys"], *changed]))
 

@@ -10,6 +10,7 @@ from ..errors import ConfigError
 __all__ = ["Columns", "DataSettings", "ModelSettings", "TaskSettings"]
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+QUANTISED = ("4bit", "8bit", "int8")
 AUGMENTATIONS = ("none", "randaugment")
 
 
@@ -22,6 +23,8 @@ class ModelSettings:
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code that comes with the checkpoint.
         dtype: float32, bfloat16, float16 or auto (as stored).
+        quantize: load the linear layers, all but heads, quantised: 4bit (bitsandbytes nf4, double quantisation), 8bit
+            (bitsandbytes) or int8 (torchao, weights only); slices then lie beside them (extra `quant`).
         dropout: rate of all dropout in the pretrained model while it trains; null leaves the model's own. 0 by
             default: in short runs on cola slices and LoRA learned more without (docs/results/accuracy.md).
         attention: eager, sdpa, or another implementation that transformers knows; null is the model's own.
@@ -33,6 +36,7 @@ class ModelSettings:
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: str = "float32"
+    quantize: str | None = None
     dropout: float | None = 0.0
     attention: str | None = None
     config: dict[str, Any] | None = None
@@ -41,6 +45,10 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype={self.dtype!r} is unknown; expected one of {', '.join(DTYPES)}.")
+        if self.quantize is not None and self.quantize not in QUANTISED:
+            raise ConfigError(f"model.quantize={self.quantize!r} is unknown; expected one of {', '.join(QUANTISED)}.")
+        if self.quantize is not None and self.config is not None:
+            raise ConfigError("model.quantize: model.config starts from random weights; there is nothing to quantise.")
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout={self.dropout!r} must lie in [0, 1); null leaves the model's own.")
         if self.config is not None and self.dropout:

@@ -349,6 +349,13 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.resume is True and self.output is None:
             raise ConfigError("resume=true needs output, the folder of the run to go on with; or give resume=FOLDER.")
+        if self.model.quantize is not None and self.chosen_method.saves != "adapter":
+            raise ConfigError(
+                f"model.quantize={self.model.quantize}: method.name={self.method.name} changes quantised weights; "
+                "use slicefine, lora, or another of PEFT's adapters."
+            )
+        if self.model.quantize is not None and self.backbone.changed:
+            raise ConfigError("backbone: a quantised model's weights are not changed; leave model.quantize out.")
         if self.backbone.changed and self.model.config is not None:
             raise ConfigError("backbone: model.config starts from random weights; there is no backbone to change.")
         if self.model.config is not None and self.method.name != "full":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
+from ..quantised import plain_values
 from .session import Session
 from .trained import load_trained
 
@@ -55,7 +56,7 @@ def same_weights(session: Session) -> bool | None:
     unloaded = session.model.unload().state_dict()
     heads = tuple(f"{name}." for name in session.loaded.new_modules)
     return all(
-        torch.equal(tensor.cpu(), unloaded[name].cpu())
+        torch.equal(plain_values(tensor).cpu(), plain_values(unloaded[name]).cpu())
         for name, tensor in fresh.model.state_dict().items()
         if not name.startswith(heads or "\0")
     )
