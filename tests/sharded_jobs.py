@@ -223,6 +223,8 @@ def fsdp2_guards(rank: int, folder: Path) -> Found:
     model = fully_shard(mlp())
     for name, build in {
         "attached too late": lambda: attach(model, mode="row", r=2),
+        "no values": _no_values,
+        "fold": _fold,
         "ignored": lambda: _ignored(x, y),
         "fsdp1": lambda: _fsdp1(x),
         "fsdp1 with original parameters": lambda: _fsdp1(x, use_orig_params=True),
@@ -234,6 +236,24 @@ def fsdp2_guards(rank: int, folder: Path) -> Found:
         except UnsupportedError as error:
             found[name] = str(error)
     return found
+
+
+def _no_values() -> None:
+    """What accelerate asks for when it loads in little memory."""
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model, _ = tune("row")
+    fully_shard(model)
+    model.state_dict()
+
+
+def _fold() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, tuner = tune("row", additive=True)
+    fully_shard(model)
+    tuner.layers["0"].fold()
 
 
 def _ignored(x: Tensor, y: Tensor) -> None:

@@ -213,6 +213,8 @@ REFUSED = {
     "attached too late": "Make the slices first .*, then fully_shard",
     "tensor parallel": "leave tensor parallelism out",
     "tensor parallel later": "instead of parallelize_module or tp_plan",
+    "no values": "fsdp_cpu_ram_efficient_loading: false",
+    "fold": "load them in one process, and merge there",
     "ignored": "Leave slicefine_active out of ignored_params",
     "fsdp1": "Use FSDP2",
     "fsdp1 with original parameters": "Use FSDP2",
