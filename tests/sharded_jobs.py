@@ -214,12 +214,7 @@ def fsdp2_guards(rank: int, folder: Path) -> Found:
             loss.backward()
         except ContentError as error:
             found[f"moved, {reshard}"] = str(error)
-    with torch.no_grad():
-        trained = model(x)
-        with tuner.disabled():
-            plain = model(x)
-        again = model(x)
-    found["outputs"] = [trained, plain, again, mlp()(x).detach()]
+        found[f"outputs, {reshard}"] = _outputs(x, y, reshard)
     model = fully_shard(mlp())
     for name, build in {
         "attached too late": lambda: attach(model, mode="row", r=2),
@@ -236,6 +231,18 @@ def fsdp2_guards(rank: int, folder: Path) -> Found:
         except UnsupportedError as error:
             found[name] = str(error)
     return found
+
+
+def _outputs(x: Tensor, y: Tensor, reshard: bool) -> list[Tensor]:
+    """Of a trained model, of it disabled, of it once more, and of the base; parameters stay gathered, or do not."""
+    model, tuner = tune("alternate")
+    _sharded(model, reshard_after_forward=reshard)
+    step(model, adamw(tuner.parameters()), x, y)
+    with torch.no_grad():
+        trained = model(x)
+        with tuner.disabled():
+            plain = model(x)
+        return [trained, plain, model(x), mlp()(x)]
 
 
 def _no_values() -> None:
