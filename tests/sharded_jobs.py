@@ -214,15 +214,12 @@ def fsdp2_guards(rank: int, folder: Path) -> Found:
             loss.backward()
         except ContentError as error:
             found[f"moved, {reshard}"] = str(error)
-    with torch.no_grad():
-        trained = model(x)
-        with tuner.disabled():
-            plain = model(x)
-        again = model(x)
-    found["outputs"] = [trained, plain, again, mlp()(x).detach()]
+        found[f"outputs, {reshard}"] = _outputs(x, y, reshard)
     model = fully_shard(mlp())
     for name, build in {
         "attached too late": lambda: attach(model, mode="row", r=2),
+        "no values": _no_values,
+        "fold": _fold,
         "ignored": lambda: _ignored(x, y),
         "fsdp1": lambda: _fsdp1(x),
         "fsdp1 with original parameters": lambda: _fsdp1(x, use_orig_params=True),
@@ -234,6 +231,36 @@ def fsdp2_guards(rank: int, folder: Path) -> Found:
         except UnsupportedError as error:
             found[name] = str(error)
     return found
+
+
+def _outputs(x: Tensor, y: Tensor, reshard: bool) -> list[Tensor]:
+    """Of a trained model, of it disabled, of it once more, and of the base; parameters stay gathered, or do not."""
+    model, tuner = tune("alternate")
+    _sharded(model, reshard_after_forward=reshard)
+    step(model, adamw(tuner.parameters()), x, y)
+    with torch.no_grad():
+        trained = model(x)
+        with tuner.disabled():
+            plain = model(x)
+        return [trained, plain, model(x), mlp()(x)]
+
+
+def _no_values() -> None:
+    """What accelerate asks for when it loads in little memory."""
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model, _ = tune("row")
+    fully_shard(model)
+    model.state_dict()
+
+
+def _fold() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, tuner = tune("row", additive=True)
+    fully_shard(model)
+    tuner.layers["0"].fold()
 
 
 def _ignored(x: Tensor, y: Tensor) -> None:
