@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -502,15 +503,17 @@ class SliceLayer(nn.Module):
         self.states[name].base_version = self._base_version
 
     @property
-    def _base_version(self) -> tuple[int, int]:
-        """The weight's identity, and a number that someone else's writes change; our own go past it."""
+    def _base_version(self) -> tuple[weakref.ref[Tensor], int]:
+        """The weight, and a number that someone else's writes change; our own go past it."""
         weight = self.base_weight
-        return id(weight), 0 if weight.is_inference() else weight._version
+        return weakref.ref(weight), 0 if weight.is_inference() else weight._version
 
     def _others_wrote(self, name: str) -> bool:
-        """Whether someone wrote into the weight since adapter ``name`` was in sync with it."""
+        """Whether someone wrote into the weight since adapter ``name`` was in sync with it; FSDP2 does all the time."""
         before, now = self.states[name].base_version, self._base_version
-        return before[0] == now[0] and before[1] != now[1]
+        if before is None or is_sharded(self.parameter(name)):
+            return False
+        return before[0]() is now[0]() and before[1] != now[1]
 
     def write_views(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
         """The active block's views in the dense weight and in ``parameter``; None for masks and sharded weights.
@@ -539,8 +542,8 @@ class SliceLayer(nn.Module):
         return matrix.view(block) if isinstance(matrix, Stack) else block_view(cast(Tensor, matrix), block)
 
     def _in_sync(self, name: str) -> bool:
-        parameter = self.parameter(name)
-        return self.states[name].synced == (id(parameter), parameter._version)
+        parameter, synced = self.parameter(name), self.states[name].synced
+        return synced is not None and synced[0]() is parameter and synced[1] == parameter._version
 
     def _sync(self, name: str) -> None:
         """Write the parameter into the weight if something changed it (an optimizer, a loader, an average)."""
@@ -670,7 +673,7 @@ class SliceLayer(nn.Module):
                 state.index = state.index.to(device)
                 state.fixed = None if state.fixed is None else state.fixed.to(device)
             if name in synced:  # the values are the same ones, elsewhere or in another precision
-                state.synced = (id(self.parameter(name)), self.parameter(name)._version)
+                state.synced = (weakref.ref(self.parameter(name)), self.parameter(name)._version)
                 state.base_version = self._base_version
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -96,8 +97,9 @@ class AdapterState:
         self.others: list[Slice] | None = None  # where other runs train (`slices_of_others`)
         self.axis = ""  # of the active slice; asking the journal would recompile a compiled forward at each move
         self.stamp = new_stamp()
-        self.synced: tuple[int, int] | None = None  # identity and version of the parameter whose values the weight has
-        self.base_version = (0, 0)  # identity and version of the base weight at that time
+        # the parameter whose values the weight has, and its version; an identity number could be another's by now
+        self.synced: tuple[weakref.ref[Tensor], int] | None = None
+        self.base_version: tuple[weakref.ref[Tensor], int] | None = None  # the same of the base weight at that time
         self.views: tuple[Any, ...] = ()  # see `SliceLayer.write_views`
         self.previous: Tensor | None = None  # values before the next optimizer step, kept while an update is rewarmed
         self.file_cache: tuple[Any, dict[str, Tensor]] | None = None  # what a file gets, until the next write
@@ -115,13 +117,11 @@ class AdapterState:
         self.staged, self.layout, self.sample = {}, {}, []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "views": (),
-            "file_cache": None,
-        }  # a view would be pickled with all of the weight under it
+        # a view would be pickled with all of the weight under it; a copy has other parameters
+        return self.__dict__ | {"views": (), "file_cache": None, "synced": None, "base_version": None}
 
     def mark_synced(self, parameter: Tensor) -> None:
         """Note that the weight holds the parameter's values as they are now."""
-        self.synced = (id(parameter), parameter._version)
+        self.synced = (weakref.ref(parameter), parameter._version)
         self.stamp = new_stamp()
         self.file_cache = None
