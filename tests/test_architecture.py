@@ -31,6 +31,8 @@ LADDER = [
     "sharded",
     "state",
     "transfer",
+    "held",
+    "adapters",
     "layer",
     "since",
     "coupling",
