@@ -86,6 +86,10 @@ def test_the_product_is_taken_in_the_narrower_precision(inputs, values):
     tolerance = {} if narrow == torch.float32 else {"rtol": 0.02, "atol": 0.02}
     assert_close(found.float(), F.linear(x, as_dense(delta).to(inputs)).float(), **tolerance)
     assert_close(x.grad.float(), as_dense(delta).float().sum(0).expand(4, -1), **tolerance)
+    alone = packed(values)
+    write_block(alone, BLOCKS[0], torch.randn(read_block(alone, BLOCKS[0]).shape))
+    product = alone.add_product(x, torch.zeros(4, SHAPE[0], dtype=inputs))
+    assert torch.equal(product, product.to(narrow).to(inputs))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -33,7 +33,7 @@ from slicefine.files.merge import merge_files
 from slicefine.files.undo import undo
 from slicefine.functional import read_block
 from slicefine.geometry import Slice
-from slicefine.peft import SliceFineConfig
+from slicefine.peft import SliceFineConfig, SliceFineLinear
 
 pytestmark = THIRD_PARTY
 LINES = ("row", "column", "alternate")
@@ -201,11 +201,13 @@ def test_merging(name: str):
 
 
 def test_merging_into_forward_only_layers_is_refused_before_anything_changes():
-    model = train(get_peft_model(base("forward only"), config("row")))
+    mixed = quantise(llama(), "forward only", leave=("lm_head", "q_proj"))  # a layer that could be merged comes first
+    model = train(get_peft_model(mixed, config("row", additive=True)))
     before = outputs(model)
     with pytest.raises(UnsupportedError, match="ForwardOnly only runs forward"):
         model.merge_and_unload()
     assert torch.equal(outputs(model), before)
+    assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, SliceFineLinear)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # peft calls it
