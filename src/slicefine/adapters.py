@@ -345,8 +345,9 @@ class SliceAdapters(HeldWeight):
         matrix = self._base_matrix()
         return matrix.view(block) if isinstance(matrix, Stack) else block_view(cast(Tensor, matrix), block)
 
-    def _in_sync(self, name: str) -> bool:
-        parameter, synced = self.parameter(name), self.states[name].synced
+    def _in_sync(self, name: str, shown: Tensor | None = None) -> bool:
+        """Whether the weight holds the parameter's values; ``shown`` is what the layer shows of it, if at hand."""
+        parameter, synced = self.parameter(name, shown), self.states[name].synced
         return synced is not None and synced[0]() is parameter and synced[1] == parameter._version
 
     def _sync(self, name: str) -> None:

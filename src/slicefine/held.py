@@ -12,7 +12,7 @@ from .functional import (
 )
 from .packed import PackedDelta
 from .quantised import Requantised, format_of, place_of, prepare, release, requantise
-from .sharded import ShardedMatrix, is_sharded, put_whole, sharded_parameter, whole
+from .sharded import ShardedMatrix, is_sharded, is_whole, put_whole, sharded_parameter, whole
 from .state import AdapterState
 from .weights import TRAINABLE, Stack, kind_of, lies_beside, value_dtype
 
@@ -59,7 +59,7 @@ class HeldWeight(nn.Module):
     @property
     def _owner(self) -> nn.Module:
         """The layer that has the weight: others of its parameters may have slices, too, in layers between."""
-        layer = self.base_layer
+        layer: nn.Module = self.base_layer
         for _ in range(self.depth):
             layer = cast(nn.Module, layer.base_layer)
         return layer
@@ -67,8 +67,8 @@ class HeldWeight(nn.Module):
     @property
     def base_weight(self) -> Tensor:
         """The base layer's own parameter (of some quantised formats: the tensor that says where they are)."""
-        layer = self._owner
-        return place_of(layer) if self.kind.layout == "quantised" else cast(Tensor, getattr(layer, self.kind.parameter))
+        layer, kind = self._owner if self.depth else self.base_layer, self.kind
+        return place_of(layer) if kind.layout == "quantised" else cast(Tensor, getattr(layer, kind.parameter))
 
     def dense(self) -> Matrix:
         """What slices are read from and written to: the weight as ``(out, in)``, or what lies beside it.
@@ -92,10 +92,11 @@ class HeldWeight(nn.Module):
         matrix = self.kind.matrix(self.base_weight.data)
         return Stack(matrix) if self.kind.stacked else matrix
 
-    def parameter(self, name: str) -> Tensor:
+    def parameter(self, name: str, shown: Tensor | None = None) -> Tensor:
         """Adapter ``name``'s parameter as optimizers hold it: under FSDP2 the sharded one, whatever forward sees."""
-        stored = sharded_parameter(self.slicefine_active, name)
-        return self.slicefine_active[name] if stored is None else stored
+        shown = self.slicefine_active[name] if shown is None else shown
+        stored = None if is_whole(shown) else sharded_parameter(self.slicefine_active, name)
+        return shown if stored is None else stored
 
     def values(self, name: str) -> Tensor:
         """The values of adapter ``name``'s parameter: its own storage, or, if it is sharded, a gathered copy."""

@@ -135,28 +135,32 @@ class SliceLayer(SliceAdapters):
 
     def __getattr__(self, name: str) -> Any:
         """What this layer has not is the base layer's: models look at their layers' attributes."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # what a forward asks for, several times
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None:
+            if "base_layer" not in modules:
                 raise
-            return getattr(base, name)
+            return getattr(modules["base_layer"], name)
 
     def _checked(self) -> list[str]:
         """The applied adapters, once the weight holds what they ask for."""
-        if self.base_weight.is_meta:
+        weight = self.base_weight
+        if weight.is_meta:
             refuse_offloaded(self.base_layer, self.label)
-        if self.requested is not None and not self.base_weight.is_meta:
+        elif self.requested is not None:
             self.apply_only(self.requested)
         names = self.applied
         for name in names:
             state = self.states[name]
+            shown = self.slicefine_active[name]
             if self.packed is None:  # a quantised weight may be a buffer
-                refuse_engine(self.base_weight, self.slicefine_active[name], self.label)
-            if state.index.device != self.base_weight.device:  # fully_shard moves parameters by themselves
+                refuse_engine(weight, shown, self)
+            if state.index.device != weight.device:  # fully_shard moves parameters by themselves
                 self.aim(name)
-            if state.staged or state.deferred or not self._in_sync(name):
+            if state.staged or state.deferred or not self._in_sync(name, shown):
                 self.settle(name)
             state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from .errors import UnsupportedError
 from .geometry import Slice, entry_indices, line_length
 
-__all__ = ["ShardedMatrix", "is_sharded", "put_whole", "refuse_engine", "sharded_parameter", "whole"]
+__all__ = ["ShardedMatrix", "is_sharded", "is_whole", "put_whole", "refuse_engine", "sharded_parameter", "whole"]
 
 if torch.distributed.is_available():
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.tensor import DTensor, Replicate, Shard
+else:
+    _module_state_mapping = weakref.WeakKeyDictionary()
 
 # of each module that FSDP2 looks after, its own record of each parameter
 _records: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -30,6 +32,11 @@ _records: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKey
 def is_sharded(tensor: object) -> bool:
     """Whether a tensor is spread over processes (a ``DTensor``)."""
     return torch.distributed.is_available() and isinstance(tensor, DTensor)
+
+
+def is_whole(parameter: Tensor) -> bool:
+    """Whether a parameter is certainly not sharded: a quick look, for what happens at every layer and step."""
+    return type(parameter) is nn.Parameter and not _module_state_mapping
 
 
 def sharded_parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -146,24 +153,26 @@ def put_whole(parameter: Tensor, shown: Tensor, values: Tensor) -> None:
     ShardedMatrix(parameter, shown).write(Slice("row", 0, parameter.shape[0]), values)
 
 
-def refuse_engine(weight: Any, parameter: Any, label: str) -> None:
+def refuse_engine(weight: Any, parameter: Any, layer: Any) -> None:
     """Raise `UnsupportedError` inside a forward of an engine that takes a layer's parameters apart."""
     for tensor in (weight, parameter):
+        if type(tensor) is nn.Parameter and not tensor.__dict__:  # every forward of every layer comes here
+            continue
         if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):
             raise UnsupportedError(
-                f"{label}: DeepSpeed's ZeRO steps flat copies of the parameters, so what it trains would never reach "
-                "the weights, and slices would never move. Use ZeRO stage 0, or FSDP2 to shard: fully_shard(model), "
-                "or fsdp_version: 2 in accelerate's configuration."
+                f"{layer.label}: DeepSpeed's ZeRO steps flat copies of the parameters, so what it trains would never "
+                "reach the weights, and slices would never move. Use ZeRO stage 0, or FSDP2 to shard: "
+                "fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
             )
         if getattr(tensor, "_fsdp_flattened", False) or not isinstance(tensor, nn.Parameter):
             raise UnsupportedError(
-                f"{label}: FSDP1 flattens the parameters of several layers into one, so there are no rows and columns "
-                "to train. Use FSDP2: fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
+                f"{layer.label}: FSDP1 flattens the parameters of several layers into one, so there are no rows and "
+                "columns to train. Use FSDP2: fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
             )
         if is_sharded(tensor):
             raise UnsupportedError(
-                f"{label}: its forward runs on a part of the weight (tensor parallelism), and a slice needs whole rows "
-                "and columns. Use FSDP2 instead of parallelize_module or tp_plan."
+                f"{layer.label}: its forward runs on a part of the weight (tensor parallelism), and a slice needs "
+                "whole rows and columns. Use FSDP2 instead of parallelize_module or tp_plan."
             )
 
 
