@@ -411,7 +411,7 @@ def test_a_file_cannot_make_a_loader_read_other_folders(tmp_path: Path, monkeypa
 
 def test_where_others_train_is_looked_up_once(monkeypatch):
     calls = []
-    monkeypatch.setattr("slicefine.layer.slices_of_others", lambda *args: calls.append(args) or [])
+    monkeypatch.setattr("slicefine.adapters.slices_of_others", lambda *args: calls.append(args) or [])
     tuner = attach(mlp(), r=2, mode="row", interval=1, share=(0, 2))
     for _ in range(2):
         tuner.move()

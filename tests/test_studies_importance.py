@@ -226,7 +226,7 @@ def test_layers_that_are_never_reached_are_said(files: tuple[str, str], monkeypa
         ({"share": 1.0}, ConfigError, "share=1.0 must lie between 0 and 1"),
         ({"head_steps": -1}, ConfigError, "head_steps=-1 must be at least 0"),
         ({"layers": ["bert.nothing"]}, ConfigError, "layers: 'bert.nothing' was not measured; choose among bert"),
-        ({"target_modules": "nothing"}, ConfigError, "matches no nn.Linear"),
+        ({"target_modules": "nothing"}, ConfigError, "matches no layer that can be trained"),
     ],
 )
 def test_bad_settings_are_refused(files: tuple[str, str], changes, error, message):

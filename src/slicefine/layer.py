@@ -156,7 +156,7 @@ class SliceLayer(SliceAdapters):
         for name in names:
             state = self.states[name]
             shown = self.slicefine_active[name]
-            if self.packed is None:  # a quantised weight may be a buffer
+            if self.packed is None and torch.is_grad_enabled():  # a quantised weight may be a buffer
                 refuse_engine(weight, shown, self)
             if state.index.device != weight.device:  # fully_shard moves parameters by themselves
                 self.aim(name)

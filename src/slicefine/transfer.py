@@ -92,9 +92,13 @@ class AdapterTensors(nn.Module):
                 _stage(self._owner, name, self._kind, state_dict[prefix + name])
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, *args: Any) -> Iterator[tuple[str, Tensor]]:
-        """Names that a state dict may bring, for torch.distributed.checkpoint, which asks module by module."""
-        for name in () if recurse else self._owner.states:
-            yield prefix + name, torch.empty(0, device=self._owner.weight.device)
+        """Names that a state dict may bring, for torch.distributed.checkpoint, which asks module by module.
+
+        Others who ask so mean to move them (accelerate's offloading), and there is nothing to be moved.
+        """
+        asked = not recurse and torch.distributed.is_available() and torch.distributed.is_initialized()
+        for name in self._owner.states if asked else ():
+            yield prefix + name, torch.empty(0, device=self._owner.base_weight.device)
 
     def __getattr__(self, name: str) -> Any:
         owner = self.__dict__.get("_owner")
