@@ -17,7 +17,7 @@ VERSIONS = {
     # the lower bounds of pyproject.toml
     "oldest": [
         "torch==2.6.0",
-        "accelerate==1.4.0",
+        "accelerate==1.7.0",
         "av==14.0.0",
         "datasets==3.0.0",
         "jsonargparse[signatures]==4.40.0",
