@@ -29,7 +29,13 @@ from slicefine.journal import read_table
 from slicefine.schedule import Schedule
 from slicefine.training.gpus import loads, shape_of
 
-pytestmark = THIRD_PARTY
+pytestmark = [
+    *THIRD_PARTY,
+    pytest.mark.skipif(
+        not hasattr(torch.cpu.Stream, "record_event"),
+        reason="FSDP2 of this PyTorch needs a GPU, where the tests have none",
+    ),
+]
 
 JOBS = [jobs.ddp, jobs.ddp_resumed, jobs.ddp_unlike, jobs.trainer_ddp, jobs.trainer_ddp_resumed, jobs.pipeline]
 JOBS += [sharded.fsdp2, sharded.fsdp2_kept, sharded.fsdp2_variants, sharded.fsdp2_precision, sharded.fsdp2_saves]
