@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peft_helpers import THIRD_PARTY
-from slicefine import ConfigError, SliceFineConfig, attach, energy_positions
+from slicefine import ConfigError, Slice, SliceFineConfig, attach, energy_positions
 from slicefine.coupling import Fit, fitted, structure
 from slicefine.schedule import Schedule, slice_at
 
@@ -153,3 +153,50 @@ def test_models_without_that_structure_are_refused():
     with pytest.raises(ConfigError, match="draws single entries; whole_heads= and coupled= are for slices"):
         attach(llama(), mode="random_mask", coupled=True)
     assert not any(hasattr(m, "slicefine_active") for m in plain.modules())
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(map(self.expert, range(3)))}) for _ in "ab")
+
+    @staticmethod
+    def expert(number: int) -> nn.ModuleDict:
+        return nn.ModuleDict({"up_proj": nn.Linear(8, 20), "down_proj": nn.Linear(20, 8)})
+
+
+def test_each_expert_is_coupled_with_its_own():
+    found = structure(Experts(), False, True)
+    assert all(found[name].partner == name.replace("up_proj", "down_proj") for name in found)
+    assert len(found) == 12
+
+
+def test_heads_that_share_values_are_coupled_whole():
+    tuner = attach(llama(), r=2, coupled=True, interval=9)
+    blocks = {name.rpartition(".")[2]: block for name, block in tuner.mover.slices().items()}
+    assert (blocks["v_proj"].width, blocks["o_proj"].width) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reserve": {"model.layers.0.mlp.up_proj": [Slice("row", 0, 4)]}}, "would train different units"),
+        ({"positions": lambda visit, layer, shape: Slice("row", 0, 4)}, "a positions function goes where it likes"),
+    ],
+)
+def test_what_would_part_the_two_sides_is_refused(options, message):
+    model = llama()
+    with pytest.raises(ConfigError, match=message):
+        attach(model, r=4, coupled=True, interval=9, **options)
+    assert not any(hasattr(m, "slicefine_active") for m in model.modules())
+
+
+def test_a_rank_of_one_side_only_is_refused():
+    config = SliceFineConfig(r=4, coupled=True, rank_pattern={"up_proj": 2}, target_modules="all-linear")
+    with pytest.raises(ConfigError, match="would train different units"):
+        get_peft_model(llama(), config)
+
+
+def test_starts_inside_heads_are_refused():
+    with pytest.raises(ConfigError, match="give starts of heads, multiples of 4"):
+        attach(llama(), r=4, mode="row", whole_heads=True, positions=[3], interval=9)

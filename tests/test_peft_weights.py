@@ -238,3 +238,72 @@ def test_all_linear_means_packed_attention_too():
     layers = [m for m in model.modules() if isinstance(m, SliceFineLinear)]
     assert len(layers) == 3
     assert all("second" in m.states for m in layers)
+
+
+def of_adapter(model: nn.Module, name: str) -> set[str]:
+    """Layers that an adapter trains, by the names that its file gives them."""
+    layers = (m for m in model.modules() if isinstance(m, SliceFineLinear) and name in m.states)
+    return {layer.states[name].layer_name for layer in layers}
+
+
+@pytest.mark.parametrize("first", [["attention"], ["attention", "out_proj"], ["out_proj"]])
+@pytest.mark.parametrize("second", [["attention", "out_proj", "head"], ["out_proj", "head"], ["attention", "head"]])
+def test_a_second_adapter_may_choose_other_parts_of_attention(first, second, tmp_path):
+    model = get_peft_model(mixed(), SliceFineConfig(r=1, interval=9, target_modules=first))
+    model.add_adapter("second", SliceFineConfig(r=1, interval=9, target_modules=second))
+    full = {"attention": "attention", "out_proj": "attention.out_proj", "head": "head"}
+    assert of_adapter(model, "second") == {full[name] for name in second}
+    model.set_adapter("second")
+    train(model, CASES["mixed"][2], 2)
+    with torch.no_grad():
+        expected = model(TOKENS)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(mixed(), tmp_path / "second")
+    with torch.no_grad():
+        assert_close(loaded(TOKENS), expected)
+    assert not any(isinstance(m, SliceFineLinear) for m in model.unload().modules())
+
+
+@pytest.mark.parametrize("first", [["experts.gate_up_proj"], ["experts.down_proj"]])
+def test_a_second_adapter_may_choose_other_parameters_of_one_module(first, tmp_path):
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(mixtral(), SliceFineConfig(r=1, interval=9, target_modules=[], target_parameters=first))
+    model.add_adapter("second", SliceFineConfig(r=1, interval=9, target_modules=[], target_parameters=both))
+    model.set_adapter("second")
+    train(model, CASES["mixtral"][2], 2)
+    call = CASES["mixtral"][2]
+    with torch.no_grad():
+        expected = call(model)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_close(call(PeftModel.from_pretrained(mixtral(), tmp_path / "second")), expected)
+    names = {name for name, _ in mixtral().named_parameters()}
+    assert {name for name, _ in model.unload().named_parameters()} == names
+
+
+def test_weighted_sums_of_convolutions_load_back(tmp_path):
+    model = get_peft_model(mixed(), SliceFineConfig(r=1, interval=9, mode="column", target_modules=["conv"]))
+    train(model, CASES["mixed"][2], 2)
+    model.add_weighted_adapter(["default"], [0.5], "sum")
+    model.set_adapter("sum")
+    with torch.no_grad():
+        expected = model(TOKENS)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_close(PeftModel.from_pretrained(mixed(), tmp_path / "sum")(TOKENS), expected)
+
+
+def test_merged_adapters_do_not_train():
+    model = get_peft_model(mixed(), SliceFineConfig(r=1, interval=9, target_modules=["attention", "out_proj", "head"]))
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        model(TOKENS).sum().backward()
+
+
+def test_a_refused_adapter_leaves_no_wrapper():
+    base = mixed()
+    names = [name for name, _ in base.named_parameters()]
+    with pytest.raises(UnsupportedError, match="draws entries of one matrix|not LayerNorm|trains the weights"):
+        base.norm = nn.LayerNorm(3)
+        get_peft_model(base, SliceFineConfig(target_modules=["attention", "out_proj", "norm"]))
+    assert [name for name, _ in base.named_parameters() if not name.startswith("norm")] == names

@@ -262,3 +262,27 @@ def test_a_wrapped_model_is_no_receiver():
     sender, receiver = (get_peft_model(llama(), config()) for _ in range(2))
     with pytest.raises(ConfigError, match="without adapters"):
         apply_slices(receiver, delta_since(sender, 0))
+
+
+def test_quantised_receivers_are_refused_before_anything_is_written():
+    target = {"a": torch.zeros(2, 2), "b": torch.zeros(2, 2, dtype=torch.int8)}
+    slices = {name: [(Slice("row", 0, 1), torch.ones(1, 2))] for name in target}
+    with pytest.raises(ConfigError, match="apply_slices: b is Tensor of torch.int8"):
+        apply_slices(target, slices)
+    assert not target["a"].any()
+
+
+def test_after_a_load_everything_has_to_be_asked_for_once(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    tuner = attach(model, r=1, mode="row", interval=9)
+    optimizer = torch.optim.SGD(tuner.parameters(), lr=0.1)
+    for number in range(3):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        if number == 0:
+            tuner.save(tmp_path / "s.safetensors")
+    tuner.load(tmp_path / "s.safetensors")
+    with pytest.raises(UnsupportedError, match="slices were loaded from a file"):
+        tuner.delta_since(1)
+    tuner.delta_since(0)
+    assert tuner.delta_since(1) == {}

@@ -296,3 +296,64 @@ def test_layers_of_several_adapters_refuse_to_train_and_add_up():
         F.relu(layer(x)).sum().backward()
     layer.apply_only([])
     assert torch.equal(layer.base_layer.weight, original)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_channels_last_convolutions_train(after):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3))
+    if not after:
+        model.to(memory_format=torch.channels_last)
+    tuner = attach(model, target_modules=["0"], r=2, mode="alternate", interval=2)
+    if after:
+        model.to(memory_format=torch.channels_last)
+    twin = Twin(copy.deepcopy(nn.Sequential(tuner.layers["0"].base_layer)), ["0.weight"])
+    optimizer = torch.optim.Adam(tuner.parameters(), lr=0.05)
+    x = torch.randn(2, 4, 5, 5)
+    for _ in range(3):
+        blocks = {f"{name}.weight": block for name, block in tuner.mover.slices().items()}
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model(x)).backward()
+            optimizer.step()
+        twin.visit(blocks, x, 2)
+    assert_close(model(x), twin.model(x))
+    assert not model[0].base_layer.weight.is_contiguous()
+
+
+def test_an_output_projection_shows_what_was_written_without_gradients_too():
+    model = Attention()
+    tuner = attach(model, target_modules=["out_proj"], r=2, mode="row", interval=9)
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        tuner.parameters()[0].add_(1)
+        written = model(x)
+    assert_close(written, model(x).detach())
+
+
+def test_fused_inference_sees_additive_slices():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    tuner = attach(model, target_modules=["linear1", "linear2"], r=2, mode="row", interval=9, additive=True)
+    with torch.no_grad():
+        for parameter in tuner.parameters():
+            parameter.add_(1)
+    x = torch.randn(2, 3, 8)
+    slow = model(x).detach()
+    with torch.no_grad():
+        assert_close(model.eval()(x), slow)
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    before = copy.deepcopy(model.state_dict())
+    positions = {"1": {"row": [7]}}
+    with pytest.raises(ConfigError, match="row slice of width 1 at 7 does not fit"):
+        attach(model, r=1, mode="row", positions=positions, start_values="zero", interval=1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_embeddings_that_renormalise_are_refused_as_parameters_too():
+    with pytest.raises(ConfigError, match="0.weight is no floating-point weight"):
+        attach(nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), target_modules=[], target_parameters=["0.weight"])

@@ -48,12 +48,24 @@ class SliceAdapters(HeldWeight):
         self._hold(base_layer, additive, parameter_name)
         for tensors in (*KINDS, ORIGINALS if self.packed is None else BESIDE):
             setattr(self, f"slicefine_{tensors}", AdapterTensors(self, tensors))
+        if self.packed is not None:
+            self.register_forward_pre_hook(_be_called)
         self.register_load_state_dict_post_hook(_sync_after_load)  # type: ignore[no-untyped-call]
 
     # -- adapters -------------------------------------------------------------------------------------------------
 
-    def add_slice(self, name: str, schedule: Schedule, layer_name: str = "", history: int = 8) -> None:
-        """Create adapter ``name`` at its first position, not applied, with the base's own values."""
+    def add_slice(
+        self, name: str, schedule: Schedule, layer_name: str = "", history: int = 8, ready: bool = False
+    ) -> None:
+        """Create adapter ``name`` at its first position, not applied, with the base's own values.
+
+        Args:
+            name: the adapter.
+            schedule: where its slices go.
+            layer_name: for messages, and for positions that depend on it.
+            history: how many moves can be undone.
+            ready: the schedule is this layer's already (`fitted`).
+        """
         if name in self.states:
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
         if is_sharded(self.base_weight):
@@ -62,7 +74,7 @@ class SliceAdapters(HeldWeight):
                 "out of what synchronises them. Make the slices first (attach, get_peft_model), then fully_shard; "
                 "leave tensor parallelism out (tp_plan, parallelize_module)."
             )
-        schedule = self.fitted(schedule, layer_name)
+        schedule = schedule if ready else self.fitted(schedule, layer_name)
         check_positions(schedule, self.shape, layer_name)
         if self.packed is not None:
             _check_beside(schedule, layer_name)
@@ -423,7 +435,7 @@ class SliceAdapters(HeldWeight):
         """Add adapter ``name`` with the weighted sum of other adapters' deltas (same schedule), not applied."""
         first = self.states[next(iter(parts))]
         alone = replace(first.schedule, reserve={}, share=None, share_visits=None)  # the sum keeps out of nobody's way
-        self.add_slice(name, alone, first.layer_name)
+        self.add_slice(name, alone, first.layer_name, ready=True)  # it fits the layer already
         journals = [self.states[part].journal for part in parts]
         with self.reverted() as weight:
             deltas = [self.deltas(part, weight) for part in parts]
@@ -481,6 +493,10 @@ class SliceAdapters(HeldWeight):
                 state.synced = (weakref.ref(self.parameter(name)), self.parameter(name)._version)
                 state.base_version = self._base_version
         return self
+
+
+def _be_called(layer: nn.Module, args: Any) -> None:
+    """PyTorch's fused transformer layers read weights past their layers, but not where one of them has a hook."""
 
 
 def _check_beside(schedule: Schedule, layer_name: str) -> None:

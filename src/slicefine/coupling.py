@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from .errors import ConfigError
-from .schedule import Positions, Schedule, widened
+from .geometry import AXES
+from .schedule import Positions, Schedule, own_starts, widened
 from .weights import kind_of
 from .window import block_numbers
 
-__all__ = ["Fit", "fitted", "structure"]
+__all__ = ["Fit", "check_coupled", "fitted", "structure"]
 
 _HEAD_SIZES = ("head_dim", "attention_head_size")  # what attention modules of transformers and PyTorch call it
 _OUTPUTS = {"o_proj", "out_proj", "c_proj", "dense", "wo", "out_lin", "proj"}  # projections that heads flow into
@@ -69,9 +70,11 @@ def structure(model: nn.Module, whole_heads: bool, coupled: bool) -> dict[str, F
                 f"coupled: no two layers of this {type(model).__name__} share hidden units (a feed-forward layer's two "
                 "sides, or value and output projections); leave it out."
             )
-        for up, down, group in pairs:
-            result[up] = replace(result.get(up, Fit()), axis="row", partner=down, group=group)
-            result[down] = replace(result.get(down, Fit()), axis="column", partner=down, group=group)
+        for up, down, group, head in pairs:
+            rows, columns = result.get(up, Fit()), result.get(down, Fit())
+            result[up] = replace(rows, axis="row", partner=down, group=group, rows=max(rows.rows, head))
+            size = max(columns.columns, head)
+            result[down] = replace(columns, axis="column", partner=down, group=group, columns=size)
     return result
 
 
@@ -99,6 +102,8 @@ def fitted(schedule: Schedule, fit: Fit | None, layer: str, shape: Shape) -> Sch
     if fit.axis is None:
         fits = replace(schedule, row_rank=row, column_rank=column)
         return replace(fits, positions=_starts(fits, fit, layer))
+    if callable(schedule.positions):
+        raise ConfigError("coupled: a positions function goes where it likes; name an order or give starts.")
     head = max(fit.rows, fit.columns)
     rank = min(-(-schedule.row_rank // head) * head, shape[0] if fit.axis == "row" else shape[1] // fit.group)
     one = replace(schedule, mode=fit.axis, row_rank=rank, column_rank=rank, order_of=f"{fit.partner}row")
@@ -116,7 +121,15 @@ def _sizes(schedule: Schedule, fit: Fit) -> tuple[tuple[int, int], tuple[int, in
 
 def _starts(schedule: Schedule, fit: Fit, layer: str) -> Positions:
     """Measured or given starts that begin a head; else a sweep."""
+    if callable(schedule.positions) or isinstance(schedule.positions, str):
+        return schedule.positions
     if not isinstance(schedule.positions, Mapping):
+        used = {schedule.axis(0), schedule.axis(1)}
+        size = max(fit.rows if "row" in used else 1, fit.columns if "column" in used else 1)
+        if any(int(start) % size for start in schedule.positions):
+            raise ConfigError(
+                f"whole_heads: {layer}: positions={schedule.positions}: give starts of heads, multiples of {size}."
+            )
         return schedule.positions
     own = schedule.positions.get(layer, {})
     kept = {a: s for a, s in own.items() if all(start % (fit.rows if a == "row" else fit.columns) == 0 for start in s)}
@@ -173,16 +186,19 @@ def _output(shapes: Mapping[str, Shape], attention: str) -> str | None:
     return None
 
 
-def _pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
-    """``(layer with rows, layer with columns, columns per row)`` of everything that shares hidden units."""
+def _pairs(model: nn.Module) -> Iterator[tuple[str, str, int, int]]:
+    """``(layer with rows, layer with columns, columns per row, rows at least)`` of what shares hidden units.
+
+    Where several heads share one key and value head, only whole heads have the same units on both sides.
+    """
     shapes = _shapes(model)
-    for attention, _ in _attentions(model):
+    for attention, size in _attentions(model):
         output = _output(shapes, attention)
         for name in _inputs(shapes, attention) if output is not None else ():
             if name.rpartition(".")[2] in _VALUES and output is not None:
                 group, rest = divmod(shapes[output][1], shapes[name][0])
                 if rest == 0:
-                    yield name, output, group
+                    yield name, output, group, size if group > 1 else 1
     if not any(part.isdigit() for name in shapes for part in name.split(".")):
         return
     blocks: dict[int, dict[str, Shape]] = {}
@@ -190,5 +206,39 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, str, int]]:
         if not any("att" in part or "qkv" in part for part in name.split(".")):  # their sizes may agree by accident
             blocks.setdefault(block, {})[name] = shapes[name]
     for layers in blocks.values():
-        downs = {shape: name for name, shape in layers.items() if shape[0] < shape[1]}  # more hidden units than rows
-        yield from ((name, downs[shape[::-1]], 1) for name, shape in layers.items() if shape[::-1] in downs)
+        order = list(layers)
+        for place, name in enumerate(order):
+            rows, columns = layers[name]
+            fits = [at for at, down in enumerate(order) if layers[down] == (columns, rows) and columns < rows]
+            if fits:  # each expert has its own: the nearest in the same module, as a rule the next one
+                nearest = max(fits, key=lambda at: (_shared(name, order[at]), at > place, -abs(at - place)))
+                yield name, order[nearest], 1, 1
+
+
+def _shared(first: str, second: str) -> int:
+    """How many leading parts two names have in common."""
+    parts = list(zip(first.split("."), second.split("."), strict=False))
+    return next((i for i, (a, b) in enumerate(parts) if a != b), len(parts))
+
+
+def check_coupled(schedules: Mapping[str, tuple[Schedule, Shape]], asked: Mapping[str, Fit]) -> None:
+    """Raise `ConfigError` unless both sides of coupled layers go to the same units, in the same order.
+
+    Args:
+        schedules: of each layer that trains, as it is for this layer, with the shape of its weight.
+        asked: see `structure`.
+    """
+    for up, fit in asked.items():
+        down = fit.partner
+        if fit.axis != "row" or up not in schedules or down not in schedules:
+            continue
+        sides = [(*schedules[name], axis, name) for name, axis in ((up, "row"), (down, "column"))]
+        rows, columns = (
+            (min(plan.rank(axis), shape[AXES.index(axis)]), [int(s) for s in own_starts(plan, axis, shape, name)])
+            for plan, shape, axis, name in sides
+        )
+        if columns != (rows[0] * fit.group, [start * fit.group for start in rows[1]]):
+            raise ConfigError(
+                f"coupled: {up} and {down} would train different units: rank_pattern=, reserve= or positions= names "
+                "one of them only. Name both sides alike, or leave coupled out."
+            )

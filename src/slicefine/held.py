@@ -30,9 +30,8 @@ class HeldWeight(nn.Module):
 
     def _hold(self, base_layer: nn.Module, additive: bool | None = None, parameter_name: str | None = None) -> None:
         innermost: nn.Module = base_layer
-        self.depth = 0
         while isinstance(innermost, HeldWeight):  # another of the layer's parameters has slices
-            innermost, self.depth = innermost.base_layer, self.depth + 1
+            innermost = innermost.base_layer
         kind = kind_of(innermost, parameter_name)
         additive = kind is not None and lies_beside(innermost, additive, type(innermost).__name__)
         if kind is None or (additive and not kind.called):
@@ -57,17 +56,25 @@ class HeldWeight(nn.Module):
     # -- the weight -----------------------------------------------------------------------------------------------
 
     @property
+    def depth(self) -> int:
+        """How many layers with other parameters' slices lie between: a later adapter may put one there."""
+        depth, layer = 0, self.base_layer
+        while isinstance(layer, HeldWeight):
+            depth, layer = depth + 1, layer.base_layer
+        return depth
+
+    @property
     def _owner(self) -> nn.Module:
         """The layer that has the weight: others of its parameters may have slices, too, in layers between."""
-        layer: nn.Module = self.base_layer
-        for _ in range(self.depth):
-            layer = cast(nn.Module, layer.base_layer)
+        layer = self.base_layer
+        while isinstance(layer, HeldWeight):
+            layer = layer.base_layer
         return layer
 
     @property
     def base_weight(self) -> Tensor:
         """The base layer's own parameter (of some quantised formats: the tensor that says where they are)."""
-        layer, kind = self._owner if self.depth else self.base_layer, self.kind
+        layer, kind = self._owner, self.kind
         return place_of(layer) if kind.layout == "quantised" else cast(Tensor, getattr(layer, kind.parameter))
 
     def dense(self) -> Matrix:
@@ -89,7 +96,10 @@ class HeldWeight(nn.Module):
                     "over processes. Leave them out of the targets, or use DDP."
                 )
             return ShardedMatrix(stored, self.base_weight, self.transposed)
-        matrix = self.kind.matrix(self.base_weight.data)
+        weight = self.base_weight.data
+        if self.kind.layout == "convolution" and not weight.is_contiguous():  # channels_last: flattened it is a copy
+            return Stack(weight.view(*weight.shape[:2], -1))
+        matrix = self.kind.matrix(weight)
         return Stack(matrix) if self.kind.stacked else matrix
 
     def parameter(self, name: str, shown: Tensor | None = None) -> Tensor:

@@ -45,6 +45,7 @@ class Journal:
         self.visits: list[Visit] = []
         self.applied = False
         self.taken_back: list[Visit] = []  # by `undo`: nothing else says that their slices changed again
+        self.loaded = False  # from a file, since when nobody asked for everything: a receiver may hold another run's
         self._originals: dict[Slice, Tensor] = {}
         self._trained: dict[Slice, Tensor] = {}
         # of the last visits: the whole block's values as lines, or, from a file, those of entries trained before (1-D)
@@ -234,6 +235,7 @@ class Journal:
         self._originals.clear()
         self._before.clear()
         self.applied = False
+        self.loaded = True
         for part in reversed(split_history(table, before)):
             if part is None or len(self._before) == self.reach:  # the oldest are those to do without
                 break

@@ -55,7 +55,7 @@ class SliceLayer(SliceAdapters):
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
         if not self.kind.called:
             return self._forward_of_other_kinds(args, kwargs)
-        x: Tensor = args[0]
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         compiling = torch.compiler.is_compiling()
         names = self.applied if compiling else self._checked()
         trained = self._trained(names)
@@ -108,20 +108,18 @@ class SliceLayer(SliceAdapters):
         if not trained:
             return self._guarded(self.base_layer(*args, **kwargs), names)
         if type(self.base_layer) is nn.Embedding and len(names) == 1:
-            return self._track_lookup(trained[0], self.base_layer, args[0])
+            return self._track_lookup(trained[0], self.base_layer, *args, **kwargs)
         name = f"{'base_layer.' * self.depth}{self.kind.parameter}"
         return functional_call(self.base_layer, {name: self._tracked(names, trained[0])}, args, kwargs)
 
-    def _track_lookup(self, name: str, table: nn.Embedding, tokens: Tensor) -> Tensor:
+    def _track_lookup(self, name: str, table: nn.Embedding, input: Tensor) -> Tensor:
         state = self.states[name]
         owner = None if torch.compiler.is_compiling() else self
-        y: Tensor = table(tokens)
-        return track_lookup(y, tokens, self.slicefine_active[name], state.index, state.axis, table, owner, state.fixed)
+        y: Tensor = table(input)
+        return track_lookup(y, input, self.slicefine_active[name], state.index, state.axis, table, owner, state.fixed)
 
     def _tracked_weight(self) -> Tensor:
         """The base weight with the active slice's gradient attached, where one is wanted."""
-        if not torch.is_grad_enabled() or not self.states:
-            return self.base_weight
         names = self.applied if torch.compiler.is_compiling() else self._checked()
         trained = self._trained(names)
         return self._tracked(names, trained[0]) if trained else self.base_weight

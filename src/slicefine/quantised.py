@@ -212,7 +212,7 @@ def prepare(layer: nn.Module) -> bool:
     if not getattr(layer, _FLAG, False):
         return False
     setattr(layer, _FLAG, False)
-    layer.__dict__["_slicefine_released"] = True
+    layer.__dict__["_slicefine_prepared"] = True
     if getattr(_part(layer, "weight").quant_state, "packing_format_for_cpu", False):
         layer.state_dict()  # unpacks it
     return True
@@ -220,7 +220,7 @@ def prepare(layer: nn.Module) -> bool:
 
 def release(layer: nn.Module) -> None:
     """Undo `prepare`."""
-    if layer.__dict__.pop("_slicefine_released", False):
+    if layer.__dict__.pop("_slicefine_prepared", False):
         setattr(layer, _FLAG, True)
 
 
@@ -283,6 +283,8 @@ def _weight_is(layer: nn.Module, library: str, name: str | None = None) -> bool:
 
 
 def _is_packed(tensor: Tensor) -> bool:
+    if nn.parameter.is_lazy(tensor):
+        return False
     one_byte = tensor.is_floating_point() and tensor.element_size() == 1
     return tensor.dim() >= 2 and (one_byte or not (tensor.is_floating_point() or tensor.is_complex()))
 

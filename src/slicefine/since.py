@@ -18,6 +18,8 @@ from .functional import read_block, write_block
 from .geometry import Slice, line_length
 from .journal import Journal, Visit
 from .layer import SliceLayer
+from .quantised import plain_values
+from .sharded import is_sharded
 from .state import AdapterState
 from .transfer import tensor_name
 
@@ -65,7 +67,8 @@ def delta_since(model: nn.Module, step: int, adapter_name: str = "default", slic
 
     Raises:
         ConfigError: if the model has no such adapter, or if it is not at ``step`` yet.
-        UnsupportedError: if what the receiver has was taken back by `undo`, or if slices cannot say what changed:
+        UnsupportedError: if what the receiver has was taken back by `undo`, or may be another run's, since slices were
+            loaded and step=0 was not asked for afterwards; or if slices cannot say what changed:
             weights of additive slices or without values, transposed weights under a random mask, other parameters.
 
     Example:
@@ -79,6 +82,8 @@ def delta_since(model: nn.Module, step: int, adapter_name: str = "default", slic
     if not slices_only:
         _refuse_others(model, adapter_name)
     _check_step(layers, step, adapter_name)
+    for layer in layers if step == 0 else ():
+        layer.states[adapter_name].journal.loaded = False
     result: Delta = {}
     for layer in layers:
         state = layer.states[adapter_name]
@@ -160,6 +165,11 @@ def _check_step(layers: Sequence[SliceLayer], step: int, adapter_name: str) -> N
             f"delta_since: step={step}, but adapter {adapter_name!r} made {now} optimizer steps, so 0 <= step <= {now} "
             "is expected. After a load or an undo, write to a fresh copy of the base and say step=0."
         )
+    if step and any(state.journal.loaded for state in states):
+        raise UnsupportedError(
+            f"delta_since: slices were loaded from a file, so nothing says what a receiver at step={step} holds. Write "
+            "to a fresh copy of the base and say step=0 once; after that, steps count again."
+        )
     gone = [visit for state in states for visit in state.journal.taken_back if _saw(visit, step, _anew(state))]
     if gone and step:
         raise UnsupportedError(
@@ -206,7 +216,13 @@ def _check_fit(target: Mapping[str, Tensor], name: str, blocks: Sequence[tuple[S
             f"apply_slices: the target has no weight {name!r}; it must be a plain copy of the base model (or its state "
             f"dict), without adapters. It has for example {list(target)[:3]}."
         )
-    shape = tuple(target[name].shape)
+    weight = target[name]
+    if is_sharded(weight) or plain_values(weight) is not weight or not weight.is_floating_point():
+        raise ConfigError(
+            f"apply_slices: {name} is {type(weight).__name__} of {weight.dtype}, and slices are written into plain "
+            "floating-point weights: not into quantised or sharded ones."
+        )
+    shape = tuple(weight.shape)
     for block, values in blocks:
         if len(shape) != 2:
             raise ConfigError(f"apply_slices: {name} has shape {shape}, expected a matrix; it is another model.")

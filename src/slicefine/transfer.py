@@ -141,8 +141,9 @@ def weight_facts(layer: Holder, name: str) -> dict[str, Any]:
         with layer.reverted() as weight:
             values = read_block(weight, block)
     facts: dict[str, Any] = {"shape": list(layer.shape), "transposed": layer.transposed}
-    if not layer.kind.called:
-        tensor = tensor_name(layer.states[name].layer_name, layer.kind.parameter)
+    layer_name = layer.states[name].layer_name
+    tensor = tensor_name(layer_name, layer.kind.parameter)
+    if not layer.kind.called or tensor == layer_name:  # a single parameter is named like its tensor
         facts |= {"layout": layer.kind.layout, "tensor": tensor}
     if isinstance(layer.dense(), PackedDelta):
         facts["additive"] = True  # the originals are zeros, which tell no base from another

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed import get_rank
 
-from .coupling import fitted, structure
+from .coupling import check_coupled, fitted, structure
 from .delta import Delta
 from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
@@ -41,6 +41,7 @@ __all__ = [
     "match_parameters",
     "matches",
     "merge_errors",
+    "set_module",
     "share_visits",
     "shared_names",
     "warn_about_clamped",
@@ -124,7 +125,7 @@ class SliceTuner:
         own = {id(layer) for layer in self.layers.values()}
         for name, module in reversed(list(self.model.named_modules())):  # what lies inside comes out first
             if id(module) in own:
-                _set_module(self.model, name, cast(SliceLayer, module).unwrapped())
+                set_module(self.model, name, cast(SliceLayer, module).unwrapped())
         warn_about_lost(lost)
         self.mover.layers = {}
         self.layers = {}
@@ -142,7 +143,10 @@ class SliceTuner:
             tensors[f"{name}.slicefine_active"] = layer.values(_NAME).contiguous().cpu()
         if any(is_sharded(layer.parameter(_NAME)) for layer in self.layers.values()) and get_rank() != 0:
             return
+        beside = [name for name, layer in self.layers.items() if layer.packed is not None]
         header = {"version": FORMAT_VERSION, "additive": self.additive, "progress": self.mover.sound_progress()}
+        if beside and len(beside) < len(self.layers):
+            header["beside"] = beside  # of a model of which some layers are quantised
         metadata = {"format": "pt", "slicefine": json.dumps(header)}
         target = Path(path)
         aside = target.with_name(target.name + ".partial")
@@ -172,6 +176,14 @@ class SliceTuner:
             raise AdapterFileError(
                 f"{path}: the file's layers differ from the model's ({', '.join(odd)}, ...). Attach with the same "
                 "target_modules, to the same base model, as when the file was written."
+            )
+        beside = set(header.get("beside", self.layers if additive else ()))
+        odd_one = next((n for n, layer in self.layers.items() if (layer.packed is not None) != (n in beside)), None)
+        if odd_one is not None:
+            raise AdapterFileError(
+                f"{path}: {odd_one} holds {'differences' if odd_one in beside else 'values'} in the file and "
+                f"{'values' if odd_one in beside else 'differences'} here: other layers are quantised. Quantise as "
+                "when the file was written."
             )
         own: dict[str, dict[str, Tensor]] = {name: {} for name in self.layers}
         for key, tensor in tensors.items():
@@ -256,6 +268,7 @@ def attach(
         raise ConfigError(f"history={history!r} must be an integer of at least 0.")
     visits = share_visits(mode, share, settings)
     schedule = Schedule(mode, row, column, positions, mask_fraction, seed, reserve or {}, share, visits, start_values)
+    target_parameters = [target_parameters] if isinstance(target_parameters, str) else target_parameters
     if any(isinstance(module, SliceLayer) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
     if additive and mode == "random_mask":
@@ -276,19 +289,29 @@ def attach(
     clamped: dict[str, int] = {}
     for name in names:
         lies_beside(model.get_submodule(name.rpartition(".")[0] if name in parameters else name), additive, name)
-    for name in names:
-        path, parameter = (name.rpartition(".")[0], name.rpartition(".")[2]) if name in parameters else (name, None)
-        layers[name] = SliceLayer(inside.get(path, model.get_submodule(path)), additive, parameter)
-        inside[path] = layers[name]
-        own = fitted(schedule, asked.get(name), name, layers[name].shape)
-        found = layers[name].fitted(own, name).clamped(layers[name].shape)
-        clamped |= {} if found is None else {name: found[1]}
-        layers[name].add_slice(_NAME, own, name, history)
-        layers[name].apply_only([_NAME])
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    try:
+        for name in names:
+            path, parameter = (name.rpartition(".")[0], name.rpartition(".")[2]) if name in parameters else (name, None)
+            layers[name] = SliceLayer(inside.get(path, model.get_submodule(path)), additive, parameter)
+            inside[path] = layers[name]
+            own = fitted(schedule, asked.get(name), name, layers[name].shape)
+            found = layers[name].fitted(own, name).clamped(layers[name].shape)
+            clamped |= {} if found is None else {name: found[1]}
+            layers[name].add_slice(_NAME, own, name, history)
+            layers[name].apply_only([_NAME])
+        check_coupled({name: (layer.states[_NAME].schedule, layer.shape) for name, layer in layers.items()}, asked)
+    except Exception:  # the model is as it was
+        for layer in reversed(layers.values()):
+            layer.apply_only([])
+            layer.unwrapped()
+        for weight in trained:
+            weight.requires_grad_(True)
+        raise
     if not train_rest:
         model.requires_grad_(False)
     for path, layer in inside.items():
-        _set_module(model, path, layer)
+        set_module(model, path, layer)
     warn_about_clamped(clamped)
     mover = Mover(_NAME, layers, settings)
     if settings.total_steps is not None:
@@ -437,7 +460,8 @@ def warn_about_lost(lost: Mapping[str, Requantised]) -> None:
     )
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another, by its full name in the model."""
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
     while isinstance(parent, SliceLayer) and child != "base_layer":  # an attention module's own projection lies in it

@@ -137,7 +137,8 @@ class Stack:
             return self._stack.narrow(0, block.start, block.width)
         if block.axis == "entries":
             raise UnsupportedError(
-                "mode='random_mask' draws entries of a matrix; experts' weights train by slices only."
+                "mode='random_mask' draws entries of a matrix that lies in one piece; experts and channels_last "
+                "convolutions have slices only."
             )
         first, count = block.start // self.experts, block.width // self.experts
         return self._stack.narrow(1, first, count).permute(1, 2, 0)
@@ -194,6 +195,8 @@ def _kind_of_parameter(layer: nn.Module, parameter: str) -> WeightKind | None:
     if not _is_plain(weight) or weight is None:
         return None
     own = kind_of(layer)
+    if own is None and isinstance(layer, nn.Embedding):
+        return None  # its options look at all of the weight, or change it, in each forward
     if own is not None and own.parameter == parameter:
         return own
     if weight.dim() == 3:
@@ -205,7 +208,9 @@ def _kind_of_parameter(layer: nn.Module, parameter: str) -> WeightKind | None:
 
 def _is_plain(weight: object) -> bool:
     # a parametrised weight (weight norm, pruning) is computed anew by each forward: it is not a parameter
-    return isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() >= 2
+    if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
+        return False
+    return weight.is_floating_point() and weight.dim() >= 2
 
 
 def is_transposed(layer: nn.Module) -> bool:

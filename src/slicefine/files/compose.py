@@ -138,7 +138,7 @@ def _check(adapters: Sequence[Adapter], policy: str, weights: Sequence[float] | 
         _refuse_masks(adapter)
     for adapter in adapters[1:]:
         for key in _SAME:
-            if adapter.config.get(key) != adapters[0].config.get(key):
+            if (adapter.config.get(key) or None) != (adapters[0].config.get(key) or None):  # absent in older files
                 raise ConfigError(
                     f"compose: {adapter.folder} has {key}={adapter.config.get(key)}, {adapters[0].folder} has "
                     f"{key}={adapters[0].config.get(key)}; one adapter has one mode and rank. Export them to LoRA "

@@ -147,6 +147,9 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             self.slicefine_active[adapter_name] = parameter.to(target)
         self.settle(adapter_name)
 
+    def _trained(self, names: list[str]) -> list[str]:
+        return [] if self.merged else super()._trained(names)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.pop("adapter_names", None) is not None:
             raise UnsupportedError(

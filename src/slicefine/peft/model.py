@@ -14,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_p
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..coupling import fitted, structure
+from ..coupling import check_coupled, fitted, structure
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..layer import SliceLayer
@@ -24,7 +24,7 @@ from ..schedule import Schedule
 from ..sharded import whole
 from ..state import read_sample
 from ..transfer import BESIDE, ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
-from ..tuner import shared_names, warn_about_clamped, warn_about_lost
+from ..tuner import set_module, shared_names, warn_about_clamped, warn_about_lost
 from ..weights import TRAINABLE, is_linear, kind_of, lies_beside
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
@@ -73,7 +73,11 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._reach_inside(model, adapter_name, config)
             self._check_reserve(model, adapter_name, config)
+            made = [layer for _, layer in _sliced_layers(model, adapter_name)]
+            plans = {(s := layer.states[adapter_name]).layer_name: (s.schedule, layer.shape) for layer in made}
+            check_coupled(plans, self._structure)
             self._make_mover(model, adapter_name, config)
             if adapter_name == _REFERENCE and twins:
                 _copy_slices(model, twins[0], adapter_name)
@@ -83,6 +87,16 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 parameter.requires_grad_(True)
             raise
         warn_about_clamped(self._clamped)
+
+    def _reach_inside(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
+        """PEFT passes by what lies inside a layer with adapters: the output projection of packed attention."""
+        for name, layer in list(_sliced_layers(model)):
+            inside = getattr(layer.base_layer, "out_proj", None) if layer.kind.layout == "packed" else None
+            key = f"{name.replace('.base_layer', '')}.out_proj"
+            if inside is None or adapter_name in getattr(inside, "states", ()):
+                continue
+            if self._check_target_module_exists(config, key):
+                self._create_and_replace(config, adapter_name, inside, "out_proj", layer.base_layer, key)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As PEFT's; "all-linear" means layers, too, that are no nn.Linear: quantised ones, and packed attention."""
@@ -172,11 +186,6 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-        inside = getattr(layer.base_layer, "out_proj", None) if wrapped and layer.kind.layout == "packed" else None
-        key = f"{current_key}.out_proj"
-        if isinstance(inside, SliceFineLinear) and self._check_target_module_exists(peft_config, key):
-            # PEFT passes by what lies inside a layer with adapters
-            self._create_and_replace(peft_config, adapter_name, inside, "out_proj", layer.base_layer, key)
 
     def _new_layer(
         self, target: nn.Module, adapter_name: str, key: str, parameter_name: str | None, additive: bool
@@ -192,7 +201,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             )
         weight = place_of(base) if kind.layout == "quantised" else getattr(base, kind.parameter)
         own = tensor_name(key, kind.parameter)
-        tied = [name for name in shared_names(self.model, weight) if name.replace(".base_layer", "") != own]
+        names = {name.replace(".base_layer", "") for name in shared_names(self.model, weight)}
+        tied = sorted(names - {own}) if len(names) > 1 else []
         if tied:
             raise ConfigError(
                 f"{key}: its weight is tied to {tied[0]}, and a slice trained in place would change both. "
@@ -221,7 +231,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put the layer in place; its parameter was made on the right device, and its weight must stay untouched."""
-        while isinstance(parent, SliceFineLinear):  # an attention module's own projections lie in it
+        # an attention module's own projections lie in it
+        while isinstance(parent, SliceFineLinear) and child_name != "base_layer":
             parent = parent.base_layer
         setattr(parent, child_name, new_module)
         if isinstance(new_module, SliceFineLinear):
@@ -381,9 +392,13 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         unused = {key for key in state_dict if f".{cls.prefix}" in key and not any(part in key for part in apart)}
         for name, layer in _sliced_layers(model, adapter_name):
             own: dict[str, Tensor] = {}
+            # where the file has it: another adapter's layers may lie between, there or here
+            layer_name = layer.states[adapter_name].layer_name
+            facts = (config.weights or {}).get(layer_name)
+            path = name if facts is None else facts.get("path", layer_name)
             for kind in ("active", *KINDS, BESIDE):
-                key = f"{name}.{cls.prefix}{kind}"
-                for candidate in (key, f"{prefix}{key}", f"{key}.{adapter_name}"):
+                key, stored = f"{name}.{cls.prefix}{kind}", f"{path}.{cls.prefix}{kind}"
+                for candidate in (stored, f"{prefix}{stored}", f"{key}.{adapter_name}"):
                     if candidate in state_dict:
                         own[kind] = state_dict[candidate]
                         renamed.pop(candidate, None)
@@ -455,10 +470,8 @@ def _all_targets(configs: list[SliceFineConfig]) -> set[str] | str:
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter out of every layer, and the wrapper away where it was the only one."""
-    for name, layer in list(_sliced_layers(model)):
+    for name, layer in reversed(list(_sliced_layers(model))):  # what lies inside comes out first
         if adapter_name in layer.states:
             layer.delete_slice(adapter_name)
         if not layer.states:
-            parent, _, child = name.rpartition(".")
-            layer.unwrapped()
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            set_module(model, name, layer.unwrapped())

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..analysis.importance import magnitude_mask, position_map, wanda_scores
 from ..energy import input_energy
+from ..errors import ConfigError
+from ..quantised import format_of
 from ..tasks.base import Loaded, Prepared
 from ..weights import matrix_of
 from .methods import ENERGY_BATCHES, train_batches
@@ -35,14 +37,27 @@ def positions_by_importance(
     energy = input_energy(loaded.model, batches, targets)
     scores: Iterator[tuple[str, Tensor]]
     if chosen.importance == "wanda":
-        weights = ((name, matrix_of(loaded.model.get_submodule(name))) for name in energy)
+        weights = ((name, _values(loaded.model.get_submodule(name))) for name in energy)
         scores = ((name, wanda_scores(weight, energy[name].sqrt())) for name, weight in weights)
+    elif any(format_of(loaded.model.get_submodule(name)) is not None for name in energy):
+        raise ConfigError(
+            "slice.importance=lottery trains all weights, which quantised ones cannot; choose slice.importance=wanda."
+        )
     else:
         drawn = list(train_batches(loaded, settings, prepared, chosen.lottery.steps))
         masks = lottery_masks(loaded.model, drawn, list(energy), chosen.lottery)
         scores = ((name, mask.double()) for name, mask in masks.items())
     category = str(chosen.positions)
     return position_map(scores, {name: ranks(name) for name in energy}, category, settings.training.seed)
+
+
+def _values(layer: nn.Module) -> Tensor:
+    """A layer's weight as ``(out, in)`` values; of a quantised one, what its codes stand for."""
+    known = format_of(layer)
+    if known is None:
+        return matrix_of(layer)
+    known.check(layer)
+    return known.dense(layer)
 
 
 def lottery_masks(
