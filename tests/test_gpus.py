@@ -86,3 +86,8 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path, capsys):
 
 def test_doctests():
     assert doctest.testmod(gpus).failed == 0
+
+
+def test_packed_attention_has_a_shape_too():
+    shape = shape_of(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False))
+    assert sorted(shape.matrices) == [(8, 8), (8, 16), (16, 8), (24, 8)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ __all__ = [
     "lines_of",
     "matrix_of",
     "refuse_offloaded",
+    "shape_of_layer",
     "supports",
     "trains",
     "value_dtype",
@@ -266,6 +268,20 @@ def matrix_of(layer: nn.Module) -> Tensor:
     """A supported layer's weight as ``(out, in)``, sharing its storage."""
     weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr]
     return weight.t() if is_transposed(layer) else weight
+
+
+def shape_of_layer(layer: nn.Module) -> tuple[int, int]:
+    """``(rows, columns)`` of the matrix that a layer's slices are taken from; a quantised weight has another shape.
+
+    Example:
+        >>> shape_of_layer(nn.Conv2d(3, 8, 3))
+        (8, 27)
+    """
+    kind = kind_of(layer)
+    assert kind is not None, "ask kind_of first"
+    if kind.layout == "quantised":
+        return int(cast(int, layer.out_features)), int(cast(int, layer.in_features))
+    return kind.shape(layer.get_parameter(kind.parameter))
 
 
 def is_hidden(layer: nn.Module) -> bool:

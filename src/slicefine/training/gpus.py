@@ -32,7 +32,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..schedule import Schedule
 from ..tuner import match_layers
-from ..weights import matrix_of
+from ..weights import shape_of_layer
 
 __all__ = ["Load", "ModelShape", "loads", "plan_gpus", "print_loads", "shape_of"]
 
@@ -92,11 +92,10 @@ def shape_of(model: nn.Module, targets: str | Sequence[str] = "all-linear", excl
         ModelShape(matrices=((4, 3), (2, 4)), parameters=26, block=16, rest=0)
     """
     names = match_layers(model, targets, exclude)
-    matrices = [matrix_of(model.get_submodule(name)).shape for name in names]
+    matrices = [shape_of_layer(model.get_submodule(name)) for name in names]
     lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     blocks = [_count(block) for found in lists[:1] for block in found] or [_count(model)]
-    shapes = tuple((rows, columns) for rows, columns in matrices)
-    return ModelShape(shapes, _count(model), max(blocks), _count(model) - sum(blocks))
+    return ModelShape(tuple(matrices), _count(model), max(blocks), _count(model) - sum(blocks))
 
 
 def _count(module: nn.Module) -> int:
