@@ -14,7 +14,7 @@ from torch import nn
 from .errors import ConfigError
 from .geometry import AXES
 from .schedule import Positions, Schedule, own_starts, widened
-from .weights import kind_of
+from .weights import is_linear, kind_of
 from .window import block_numbers
 
 __all__ = ["Fit", "check_coupled", "fitted", "structure"]
@@ -141,11 +141,9 @@ def _shapes(model: nn.Module) -> dict[str, Shape]:
     result = {}
     for full_name, module in model.named_modules():
         name = full_name.replace(".base_layer", "")  # another adapter may be there
-        kind = kind_of(module) if name else None
-        if kind is not None and kind.layout in ("linear", "transposed", "hidden", "packed"):
-            result[name] = kind.shape(module.get_parameter(kind.parameter))
-        elif kind is not None and kind.layout == "quantised":
-            result[name] = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        kind = kind_of(module) if name and is_linear(module) else None
+        if kind is not None:
+            result[name] = kind.shape(module)
     return result
 
 

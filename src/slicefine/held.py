@@ -46,7 +46,7 @@ class HeldWeight(nn.Module):
         self.base_weight.requires_grad_(False)
         prepare(base_layer)
         place = self.base_weight.device
-        self.packed = PackedDelta(self._own_shape(), value_dtype(base_layer), place) if additive else None
+        self.packed = PackedDelta(kind.shape(innermost), value_dtype(base_layer), place) if additive else None
         self.states: dict[str, AdapterState] = {}
         self._order: list[str] = []  # adapters in the order of their last application
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
@@ -128,12 +128,7 @@ class HeldWeight(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """``(rows, columns)`` = (output units, input features)."""
-        return self._own_shape() if self.packed is None else (self.packed.shape[0], self.packed.shape[1])
-
-    def _own_shape(self) -> tuple[int, int]:
-        if self.kind.layout == "quantised":  # a packed weight has another shape
-            return int(cast(int, self.base_layer.out_features)), int(cast(int, self.base_layer.in_features))
-        return self.kind.shape(self.base_weight)
+        return self.kind.shape(self._owner) if self.packed is None else (self.packed.shape[0], self.packed.shape[1])
 
     @property
     def bias(self) -> Tensor | None:

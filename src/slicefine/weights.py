@@ -25,7 +25,6 @@ __all__ = [
     "lines_of",
     "matrix_of",
     "refuse_offloaded",
-    "shape_of_layer",
     "supports",
     "trains",
     "value_dtype",
@@ -67,9 +66,11 @@ class WeightKind:
         """The weight as a matrix or, of experts, as ``(rows, features, experts)``; it shares the weight's storage."""
         return _matrix(weight, self.layout)
 
-    def shape(self, weight: Tensor) -> tuple[int, int]:
-        """``(rows, columns)`` of the matrix."""
-        rows, *rest = self.matrix(weight).shape
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """``(rows, columns)`` of a layer's matrix; a quantised weight has another shape."""
+        if self.layout == "quantised":
+            return int(cast(int, layer.out_features)), int(cast(int, layer.in_features))
+        rows, *rest = self.matrix(cast(Tensor, getattr(layer, self.parameter))).shape
         return rows, torch.Size(rest).numel()
 
     def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
@@ -268,20 +269,6 @@ def matrix_of(layer: nn.Module) -> Tensor:
     """A supported layer's weight as ``(out, in)``, sharing its storage."""
     weight: Tensor = layer.weight.detach()  # type: ignore[operator, union-attr]
     return weight.t() if is_transposed(layer) else weight
-
-
-def shape_of_layer(layer: nn.Module) -> tuple[int, int]:
-    """``(rows, columns)`` of the matrix that a layer's slices are taken from; a quantised weight has another shape.
-
-    Example:
-        >>> shape_of_layer(nn.Conv2d(3, 8, 3))
-        (8, 27)
-    """
-    kind = kind_of(layer)
-    assert kind is not None, "ask kind_of first"
-    if kind.layout == "quantised":
-        return int(cast(int, layer.out_features)), int(cast(int, layer.in_features))
-    return kind.shape(layer.get_parameter(kind.parameter))
 
 
 def is_hidden(layer: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..schedule import Schedule
 from ..tuner import match_layers
-from ..weights import shape_of_layer
+from ..weights import kind_of
 
 __all__ = ["Load", "ModelShape", "loads", "plan_gpus", "print_loads", "shape_of"]
 
@@ -92,7 +92,8 @@ def shape_of(model: nn.Module, targets: str | Sequence[str] = "all-linear", excl
         ModelShape(matrices=((4, 3), (2, 4)), parameters=26, block=16, rest=0)
     """
     names = match_layers(model, targets, exclude)
-    matrices = [shape_of_layer(model.get_submodule(name)) for name in names]
+    layers = [model.get_submodule(name) for name in names]
+    matrices = [kind.shape(layer) for layer in layers if (kind := kind_of(layer)) is not None]
     lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     blocks = [_count(block) for found in lists[:1] for block in found] or [_count(model)]
     return ModelShape(tuple(matrices), _count(model), max(blocks), _count(model) - sum(blocks))
