@@ -498,7 +498,10 @@ def check_progress(progress: Any, where: str) -> list[dict[str, float]]:
         isinstance(entry, dict) and all(isinstance(value, (int, float)) for value in entry.values()) for entry in found
     ):
         raise AdapterFileError(f"{where}: progress is no list of losses and metrics; the file is corrupt.")
-    return [{str(name): float(value) for name, value in entry.items()} for entry in found]
+    try:
+        return [{str(name): float(value) for name, value in entry.items()} for entry in found]
+    except OverflowError as error:
+        raise AdapterFileError(f"{where}: progress has a number beyond all measure; the file is corrupt.") from error
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:

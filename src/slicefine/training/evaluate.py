@@ -96,10 +96,7 @@ def publish_metrics(
     _print(metrics, title, console or Console())
     if output is None:
         return
-    try:
-        write_json(Path(output), {**facts, "metrics": metrics, **environment()})
-    except OSError as error:
-        raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a file that can be.") from error
+    write_json(Path(output), {**facts, "metrics": metrics, **environment()})
 
 
 def merge(adapter: str, output: str, model: str | None = None, overwrite: bool = False) -> Path:
@@ -126,12 +123,9 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
     target = check_target(output, [run["folder"], *([base] if base.is_dir() else [])], overwrite)
     trained = load_trained(Path(adapter), model)
     whole: Any = trained.model.merge_and_unload() if run["adapter"] else merge_layers(trained.model)
-    try:
-        with atomic_folder(target) as aside:
-            whole.save_pretrained(aside)
-            trained.loaded.processor.save_pretrained(aside)
-    except OSError as error:
-        raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a folder that can be.") from error
+    with atomic_folder(target) as aside:
+        whole.save_pretrained(aside)
+        trained.loaded.processor.save_pretrained(aside)
     return target
 
 
@@ -152,10 +146,7 @@ def _merge_files(adapter: str, output: str, model: str | None, overwrite: bool) 
         if from_run and missing_modules(content, base):
             return None
         target = check_target(output, [folder, base.folder], overwrite)
-        try:
-            rounded = merge_files(content, base, target)
-        except OSError as error:
-            raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a folder that can be.") from error
+        rounded = merge_files(content, base, target)
     if rounded:
         warnings.warn(
             f"SliceFine: trained in higher precision than the base's files have; values were rounded to {rounded[0]}.",
