@@ -92,7 +92,8 @@ class MoveSettings:
             ("minimum_steps", self.minimum_steps, 1),
             ("rewarm_steps", self.rewarm_steps, 1),
         ):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            absent = value is None and name in ("moves", "interval", "total_steps")
+            if not absent and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
         if self.moves is None and self.interval is None:
             raise ConfigError("give either moves= (a number of moves) or interval= (steps between moves).")

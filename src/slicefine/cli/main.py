@@ -58,6 +58,7 @@ def _run(argv: Sequence[str]) -> int:
         train,
         undo,
     )
+    from .parsing import parse
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
@@ -69,7 +70,7 @@ def _run(argv: Sequence[str]) -> int:
         own = commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
         if verb is analyze:
             analyze.add_studies(own)
-    chosen = parser.parse_args(normalise(argv))
+    chosen = parse(parser, normalise(argv))
     status: int = verbs[chosen.subcommand].run(chosen[chosen.subcommand])
     return status
 

@@ -11,7 +11,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..errors import AdapterFileError, ConfigError
+from ..errors import AdapterFileError, ConfigError, SliceFineError
 from ..files.adapter import CONFIG, mend, owned_slices, read_config
 from ..geometry import Slice
 from ..mover import MoveSettings
@@ -201,10 +201,18 @@ class SliceFineConfig(PeftConfig):
             AdapterFileError: if the folder's configuration is none.
         """
         folder = Path(str(pretrained_model_name_or_path), subfolder or "")
-        if (folder / CONFIG).is_file():
-            mend(folder)
-            read_config(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        if not (folder / CONFIG).is_file():  # on the hub
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        mend(folder)
+        read_config(folder)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        except SliceFineError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise AdapterFileError(
+                f"{folder / CONFIG}: its settings make no sense ({type(error).__name__}: {error}); the file is corrupt."
+            ) from error
 
     def schedule(self, rank: int | None = None) -> Schedule:
         """The pure schedule of these settings; ``rank`` replaces every rank (for `rank_pattern`)."""

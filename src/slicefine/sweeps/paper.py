@@ -71,12 +71,21 @@ def read_table(file: Path, scale: str) -> PaperTable:
         ConfigError: for a scale, a method or a field that it does not have.
     """
     content = _extended(file)
-    unknown = sorted(content.keys() - _FIELDS)
+    try:
+        return _table(file, content, scale)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{file}: a part of it is of another kind than a table's recipe has ({error}).") from error
+
+
+def _table(file: Path, content: dict[str, Any], scale: str) -> PaperTable:
+    unknown = sorted(map(str, content.keys() - _FIELDS))
     if unknown:
         raise ConfigError(f"{file}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(_FIELDS))}.")
     scales = content.get("scales") or {}
     if scale not in scales:
-        raise ConfigError(f"{file}: scale={scale!r} is not there; it has {', '.join(scales) or 'none'}.")
+        raise ConfigError(f"{file}: scale={scale!r} is not there; it has {', '.join(map(str, scales)) or 'none'}.")
     if not isinstance(scales[scale], Mapping):
         raise ConfigError(f"{file}: scales: {scale}: expected settings of a sweep, got {scales[scale]!r}.")
     chosen = dict(scales[scale])
@@ -143,7 +152,7 @@ def _load(file: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a mapping, got {type(content).__name__}.")
