@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from ..errors import ConfigError, SliceFineError
+from ..sweeps.recipes import check_recipe
 
 __all__ = ["instantiate", "parse"]
 
@@ -18,6 +20,11 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Any:
     Raises:
         ConfigError: for what the parser itself does not put into a usage message, such as a number beyond all measure.
     """
+    for number, word in enumerate(words):
+        name, equals, file = word.partition("=")
+        file = file if equals else "".join(words[number + 1 : number + 2])
+        if name == "--config" and Path(file).expanduser().is_file():
+            check_recipe(Path(file).expanduser())
     try:
         return parser.parse_args(list(words))
     except SliceFineError:
