@@ -12,6 +12,7 @@ ODD: list[Any] = [
     *(0, 1, -1, 2, 3, 2**31, 2**40, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308),
     *(float("nan"), float("inf"), -float("inf"), [], {}, [[]], [1, 2], [0, 1, "row"], {"row": [0]}, [None], "1e999"),
 ]
+ODD_YAML = [b"\na: &a [x, x]\nb: [*a, *a]\n", b"\n? [1]\n: 2\n", b"\n--- 1\n", b"\n!!python/name:os\n"]
 
 
 def change_json(content: bytes, draw: random.Random) -> bytes:
@@ -68,8 +69,12 @@ def change_yaml(content: bytes, draw: random.Random) -> bytes:
     import yaml
 
     if draw.random() < 0.1:
-        return content + draw.choice([b"\na: &a [x, x]\nb: [*a, *a]\n", b"\n? [1]\n: 2\n", b"\n--- 1\n", b"\n!!python/name:os\n"])
-    return yaml.safe_dump(json.loads(change_json(json.dumps(yaml.safe_load(content), default=str).encode(), draw))).encode()
+        return content + draw.choice(
+            [b"\na: &a [x, x]\nb: [*a, *a]\n", b"\n? [1]\n: 2\n", b"\n--- 1\n", b"\n!!python/name:os\n"]
+        )
+    return yaml.safe_dump(
+        json.loads(change_json(json.dumps(yaml.safe_load(content), default=str).encode(), draw))
+    ).encode()
 
 
 def mutate(target: str, data: bytes, draw: random.Random) -> bytes:

@@ -41,7 +41,16 @@ def main() -> int:
         return fuzz(chosen.target, chosen.corpus, chosen.seconds)
     corpus = chosen.corpus or Path(tempfile.mkdtemp(prefix=f"fuzz-{chosen.target}-"))
     corpus.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, __file__, chosen.target, "--seconds", str(chosen.seconds), "--corpus", str(corpus), "--inside"]
+    words = [
+        sys.executable,
+        __file__,
+        chosen.target,
+        "--seconds",
+        str(chosen.seconds),
+        "--corpus",
+        str(corpus),
+        "--inside",
+    ]
     began = time.monotonic()
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True, check=False, cwd=corpus)
     record(chosen.target, done.stderr, done.returncode, time.monotonic() - began, corpus)
@@ -78,8 +87,18 @@ def fuzz(target: str, corpus: Path, seconds: int) -> int:
                 return changed
         return bytes(atheris.Mutate(data, largest))
 
-    options = [f"-max_total_time={seconds}", "-timeout=20", "-rss_limit_mb=6000", "-max_len=16384", "-print_final_stats=1"]
-    atheris.Setup([sys.argv[0], *options, str(corpus), str(HERE / "corpus" / target)], targets.TARGETS[target], custom_mutator=mutate)
+    options = [
+        f"-max_total_time={seconds}",
+        "-timeout=20",
+        "-rss_limit_mb=6000",
+        "-max_len=16384",
+        "-print_final_stats=1",
+    ]
+    atheris.Setup(
+        [sys.argv[0], *options, str(corpus), str(HERE / "corpus" / target)],
+        targets.TARGETS[target],
+        custom_mutator=mutate,
+    )
     atheris.Fuzz()
     return 0
 
@@ -95,7 +114,9 @@ def record(target: str, said: str, status: int, seconds: float, corpus: Path) ->
         "seconds": round(seconds),
         "inputs": int(inputs[0]) if inputs else 0,
         "crashes": int(status != 0),
-        "coverage at the start and the end (edges of slicefine)": [int(coverage[i][0]) for i in (0, -1)] if coverage else [],
+        "coverage at the start and the end (edges of slicefine)": [int(coverage[i][0]) for i in (0, -1)]
+        if coverage
+        else [],
         "features": int(coverage[-1][1]) if coverage else 0,
         "seeds": len(os.listdir(HERE / "corpus" / target)),
         "inputs kept": len(os.listdir(corpus)),

@@ -1,6 +1,6 @@
 """Write the seeds of the corpus: tiny adapters of every kind, configurations, and recipes.
 
-    python fuzz/seeds.py
+python fuzz/seeds.py
 """
 
 from __future__ import annotations
@@ -69,12 +69,13 @@ def main() -> None:
         _write("adapter", "tuner", b"{}\0" + Path(scratch, "t.safetensors").read_bytes())
     for letter, name in (("T", "mrpc"), ("T", "gsm8k"), ("S", "sweeps/rank"), ("S", "sweeps/subset")):
         _write("recipe", name.replace("/", "-"), letter.encode() + (ROOT / "recipes" / f"{name}.yaml").read_bytes())
+    plan = {"vary": {"slice.r": [1, 2]}, "tune": {"training.learning_rate": [0.1]}, "view": {"rows": "slice.r"}}
     table = {
         "title": "t",
         "source": "s",
         "columns": ["a"],
         "paper": {"x": ["1/2"]},
-        "scales": {"here": {"vary": {"slice.r": [1, 2]}, "tune": {"training.learning_rate": [0.1]}, "view": {"rows": "slice.r"}}},
+        "scales": {"here": plan},
     }
     _write("recipe", "table", b"P" + json.dumps(table, indent=1).encode())
 

@@ -1,7 +1,8 @@
 """What is fuzzed, without any fuzzer: each target takes bytes and lets nothing but a `SliceFineError` out.
 
 An input of `adapter` is ``adapter_config.json``, a zero byte, and ``adapter_model.safetensors``. One of `config` is
-``adapter_config.json``. One of `recipe` is a letter (T: a training recipe, S: a sweep, P: a table of the paper) and YAML.
+``adapter_config.json``. One of `recipe` is a letter (T: a training recipe, S: a sweep, P: a table of the paper) and
+YAML.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from slicefine.schedule import check_positions, slice_at
 
 MEMORY = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 SHAPES = [(8, 6), (6, 8), (1, 1)]
-LARGEST_GRID = 10_000  # a plan of more cells is listed in full, which takes time but is no fault
 
 
 @contextlib.contextmanager
@@ -108,7 +108,8 @@ def recipe(data: bytes) -> str:
         except SliceFineError:
             return "refused"
         except SystemExit as end:
-            assert end.code == 2
+            if end.code != 2:
+                raise
             return "usage"
     return "read"
 

@@ -44,6 +44,7 @@ __all__ = [
     "match_parameters",
     "matches",
     "merge_errors",
+    "read_file",
     "set_module",
     "share_visits",
     "shared_names",
@@ -165,7 +166,7 @@ class SliceTuner:
             AdapterFileError: if the file is missing, corrupt, or was written for other layers, or if it holds
                 differences from the base (``additive``) and this model's slices hold values, or the other way round.
         """
-        tensors, header = _read_file(Path(path))
+        tensors, header = read_file(Path(path))
         additive = bool(header.get("additive", False))
         if additive != self.additive:
             raise AdapterFileError(
@@ -477,8 +478,12 @@ def _named(found: Any, where: str) -> list[str]:
     return found
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and its header: version, additive, progress."""
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file that `SliceTuner.save` wrote, and its header: version, additive, progress, checksums.
+
+    Raises:
+        AdapterFileError: if it is missing or corrupt, or if a tensor is not what was saved.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = parse_json((file.metadata() or {}).get("slicefine", "null"), str(path))

@@ -14,7 +14,7 @@ _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
     *("layers", "distance", "keep", "markdown"),
     *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory", "private"),
-    *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
+    *("model.trust_remote_code", "trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
 
 
@@ -57,6 +57,7 @@ def _run(argv: Sequence[str]) -> int:
         sweep,
         train,
         undo,
+        verify,
     )
     from .parsing import parse
 
@@ -64,7 +65,15 @@ def _run(argv: Sequence[str]) -> int:
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
-    verbs |= {"undo": undo, "push": push, "info": info, "report": report, "plan": plan, "analyze": analyze}
+    verbs |= {
+        "undo": undo,
+        "push": push,
+        "info": info,
+        "verify": verify,
+        "report": report,
+        "plan": plan,
+        "analyze": analyze,
+    }
     verbs |= {"sweep": sweep, "reproduce": reproduce, "methods": methods, "bench": bench}
     for name, verb in verbs.items():
         own = commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
