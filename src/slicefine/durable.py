@@ -198,9 +198,9 @@ def _aside(parent: Path, name: str) -> Iterator[Path]:
         for new in made:
             _sync(new.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _make(folder: Path) -> list[Path]:
@@ -218,8 +218,8 @@ def _sweep(parent: Path, prefix: str) -> None:
                 continue  # it may have been made, and not been locked yet
             lock = _lock(stray)
             if lock is not None:
-                shutil.rmtree(stray, ignore_errors=True)
                 os.close(lock)
+                shutil.rmtree(stray, ignore_errors=True)
 
 
 def _lock(folder: Path) -> int | None:

@@ -35,6 +35,7 @@ __all__ = [
     "Adapter",
     "LayerFile",
     "check_sealed",
+    "files_beside",
     "mend",
     "owned_slices",
     "read_adapter",
@@ -193,12 +194,27 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
         path = layer.path or name
         tensors |= {f"{_PREFIX}{path}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
-        for file in () if beside is None else sorted(beside.iterdir()):
-            if file.is_file() and file.name in BESIDE:
-                shutil.copyfile(file, aside / file.name)
+        for file in () if beside is None else files_beside(beside):
+            shutil.copyfile(file, aside / file.name)
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         seal(aside)
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """The files of an adapter's folder that go where it goes: the tokenizer's, and what `slicefine eval` needs.
+
+    Raises:
+        AdapterFileError: if one is a link to somewhere else: it could be anything of this machine.
+    """
+    found = sorted(file for file in folder.iterdir() if file.is_file() and file.name in BESIDE)
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: files are links to ../../blobs
+        home = home.parents[1]
+    for file in found:
+        if not file.resolve().is_relative_to(home):
+            raise AdapterFileError(f"{file}: a link to a file outside of the adapter's folder; it is not followed.")
+    return found
 
 
 def seal(folder: Path) -> None:
