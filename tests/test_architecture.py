@@ -18,6 +18,9 @@ SOURCE = Path(slicefine.__file__).parent
 # a module may import those before it
 LADDER = [
     "errors",
+    "durable",
+    "reading",
+    "checksums",
     "geometry",
     "initial",
     "packed",
@@ -41,7 +44,8 @@ LADDER = [
     "energy",
 ]
 ALLOWED = {name: set(LADDER[:i]) for i, name in enumerate(LADDER)}
-ALLOWED["geometry"] = {"errors"}
+for name in ("durable", "reading", "checksums", "geometry"):
+    ALLOWED[name] = {"errors"}
 ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}

@@ -21,7 +21,7 @@ from slicefine import SliceFineConfig
 from slicefine.cli.main import main
 from slicefine.errors import AdapterFileError, ConfigError, UnsupportedError
 from slicefine.files import export
-from slicefine.files.adapter import read_adapter
+from slicefine.files.adapter import read_adapter, seal
 from slicefine.files.checkpoint import Checkpoint, find_checkpoint
 from slicefine.files.export import Runtime, changes, export_lora, read_lora
 from slicefine.peft import SliceFineLinear
@@ -340,13 +340,16 @@ def test_bad_adapters(tmp_path: Path):
         if "journal" in key:
             wide[key][:, 2] = 10**11  # a slice of that width would not fit into any memory
     save_file(wide, weights)
+    seal(folder)
     with pytest.raises(AdapterFileError, match="lies outside a matrix of shape"):
         read_adapter(folder)
     assert read_contents(folder).layers[0].rows >= 10**11  # counted, not listed
     save_file({key: value for key, value in tensors.items() if "journal" not in key}, weights)
+    seal(folder)
     with pytest.raises(AdapterFileError, match="has no journal tensor"):
         read_adapter(folder)
     save_file({**tensors, "base_model.model.x.slicefine_future": torch.zeros(1)}, weights)
+    seal(folder)
     with pytest.raises(AdapterFileError, match="unknown tensor .*slicefine_future; update slicefine"):
         read_adapter(folder)
     weights.write_bytes(weights.read_bytes()[:100])

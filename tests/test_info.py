@@ -112,7 +112,7 @@ def test_the_command_shows_tables_and_draws(tmp_path: Path, capsys):
     assert "columns 0-1" in shown
     assert "%" in shown
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["info", str(tmp_path / "a"), "--picture", str(tmp_path / "no" / "p.png")]) == 1
+    assert main(["info", str(tmp_path / "a"), "--picture", str(tmp_path / "p.png" / "p.png")]) == 1
     assert "cannot be written" in capsys.readouterr().err
 
 

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from peft_helpers import IDS, THIRD_PARTY, config, gpt2, llama, logits, train
 from slicefine.cli.main import main
 from slicefine.errors import AdapterFileError, UnsupportedError
-from slicefine.files.adapter import read_adapter
+from slicefine.files.adapter import read_adapter, seal
 from slicefine.files.checkpoint import Checkpoint
 from slicefine.files.merge import merge_files, stored_tensors
 
@@ -67,9 +67,11 @@ def test_a_module_that_the_base_has_is_replaced_and_a_new_one_refused(tmp_path: 
     file = tmp_path / "a" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({k.replace("lm_head", "score"): t for k, t in tensors.items()}, file, metadata={"format": "pt"})
+    seal(tmp_path / "a")
     with Checkpoint(tmp_path / "base") as base, pytest.raises(UnsupportedError, match=r"no place for \(score.weight"):
         merge_files(read_adapter(tmp_path / "a"), base, tmp_path / "m2")
     save_file({k: t[:3] if "lm_head" in k else t for k, t in tensors.items()}, file, metadata={"format": "pt"})
+    seal(tmp_path / "a")
     with Checkpoint(tmp_path / "base") as base, pytest.raises(AdapterFileError, match=r"lm_head.weight has shape"):
         merge_files(read_adapter(tmp_path / "a"), base, tmp_path / "m2")
     assert not (tmp_path / "m2").exists()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from peft_helpers import IDS, MODES, THIRD_PARTY, config, layers, llama, logits, same, train, weights
 from slicefine import SliceFineConfig, movers_of
 from slicefine.errors import AdapterFileError, ConfigError
+from slicefine.files.adapter import seal
 
 pytestmark = THIRD_PARTY
 FILE = "adapter_model.safetensors"
@@ -223,6 +224,7 @@ def change(folder: Path, how: str) -> None:
     elif how == "unknown layer":
         tensors[key.replace("v_proj", "x_proj") + "journal"] = tensors[key + "journal"].clone()
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    seal(folder)  # as somebody would who wants it to be loaded
 
 
 @pytest.mark.parametrize(

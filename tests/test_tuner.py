@@ -155,7 +155,7 @@ BROKEN = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "cannot be read as a safetensors file"),
     "not safetensors": (lambda p: p.write_bytes(b"hello"), "cannot be read as a safetensors file"),
     "no header": (lambda p: rewritten(p, metadata={"format": "pt"}), "not written by slicefine"),
-    "broken header": (lambda p: rewritten(p, metadata={"slicefine": "{"}), "cannot be read as a safetensors file"),
+    "broken header": (lambda p: rewritten(p, metadata={"slicefine": "{"}), "not readable as JSON"),
     "newer": (
         lambda p: rewritten(p, version=FORMAT_VERSION + 1),
         f"format version {FORMAT_VERSION + 1} is newer than {FORMAT_VERSION}; update slicefine",
@@ -219,7 +219,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ConfigError, match=r"slices.safetensors cannot be written \(disk full\)"):
         tuner.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["slices.safetensors"]

@@ -92,7 +92,8 @@ class MoveSettings:
             ("minimum_steps", self.minimum_steps, 1),
             ("rewarm_steps", self.rewarm_steps, 1),
         ):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            absent = value is None and name in ("moves", "interval", "total_steps")
+            if not absent and (not isinstance(value, int) or isinstance(value, bool) or value < low):
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
         if self.moves is None and self.interval is None:
             raise ConfigError("give either moves= (a number of moves) or interval= (steps between moves).")
@@ -498,7 +499,10 @@ def check_progress(progress: Any, where: str) -> list[dict[str, float]]:
         isinstance(entry, dict) and all(isinstance(value, (int, float)) for value in entry.values()) for entry in found
     ):
         raise AdapterFileError(f"{where}: progress is no list of losses and metrics; the file is corrupt.")
-    return [{str(name): float(value) for name, value in entry.items()} for entry in found]
+    try:
+        return [{str(name): float(value) for name, value in entry.items()} for entry in found]
+    except OverflowError as error:
+        raise AdapterFileError(f"{where}: progress has a number beyond all measure; the file is corrupt.") from error
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .charts import Chart, Panel, run_chart
+from .durable import replacing, write_file
 from .files.adapter import Adapter
 from .files.distance import Distance
 from .geometry import Slice
@@ -28,10 +29,10 @@ def save_chart(chart: Chart, folder: Path) -> list[Path]:
     Returns:
         The two files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     picture, data = folder / f"{chart.name}.png", folder / f"{chart.name}.json"
-    _figure(chart).savefig(picture, dpi=110, metadata={"Title": chart.title, "Description": chart.alternative})
-    data.write_text(json.dumps(chart.as_dict(), indent=1) + "\n")
+    with replacing(picture) as part:
+        _figure(chart).savefig(part, dpi=110, metadata={"Title": chart.title, "Description": chart.alternative})
+    write_file(data, json.dumps(chart.as_dict(), indent=1) + "\n")
     return [picture, data]
 
 
@@ -198,7 +199,8 @@ def draw_run(path: Path, history: list[dict[str, Any]], moves: list[int], metric
         metric: name of the main metric.
         before: its value before training.
     """
-    _figure(run_chart(history, moves, metric, before)).savefig(path, dpi=120)
+    with replacing(path) as part:
+        _figure(run_chart(history, moves, metric, before)).savefig(part, dpi=120)
 
 
 def draw_layers(path: Path, adapter: Adapter, distances: dict[str, dict[Slice, Distance]] | None = None) -> None:
@@ -244,4 +246,5 @@ def draw_layers(path: Path, adapter: Adapter, distances: dict[str, dict[Slice, D
         panel.set_title(name.removeprefix("model.").replace(".", " ").strip(), fontsize=6, wrap=True)
     label = "order of visits" if distances is None else "change / norm of the original values"
     figure.colorbar(ScalarMappable(scale, colors), ax=panels, label=label, shrink=0.6)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)

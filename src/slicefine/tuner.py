@@ -17,13 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed import get_rank
 
+from .checksums import check_keys, check_tensor, checksum, read_checksums
 from .coupling import check_coupled, fitted, structure
 from .delta import Delta
+from .durable import replacing
 from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
 from .layer import SliceLayer
 from .mover import Mover, MoveSettings, check_progress
 from .quantised import Requantised, place_of
+from .reading import parse_json
 from .schedule import Positions, Schedule
 from .sharded import is_sharded
 from .since import delta_since
@@ -41,6 +44,7 @@ __all__ = [
     "match_parameters",
     "matches",
     "merge_errors",
+    "read_file",
     "set_module",
     "share_visits",
     "shared_names",
@@ -135,6 +139,9 @@ class SliceTuner:
         """Write the slices and their journal to one safetensors file.
 
         Under FSDP2 every process has to call it: the slices are gathered, and the first process writes.
+
+        Raises:
+            ConfigError: if the file cannot be written; an earlier one is still there then.
         """
         tensors = {}
         for name, layer in self.layers.items():
@@ -147,14 +154,10 @@ class SliceTuner:
         header = {"version": FORMAT_VERSION, "additive": self.additive, "progress": self.mover.sound_progress()}
         if beside and len(beside) < len(self.layers):
             header["beside"] = beside  # of a model of which some layers are quantised
+        header["checksums"] = {key: checksum(tensor) for key, tensor in tensors.items()}
         metadata = {"format": "pt", "slicefine": json.dumps(header)}
-        target = Path(path)
-        aside = target.with_name(target.name + ".partial")
-        try:
-            safetensors.torch.save_file(tensors, aside, metadata=metadata)
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
+        with replacing(Path(path)) as part:
+            safetensors.torch.save_file(tensors, part, metadata=metadata)
 
     def load(self, path: str | PathLike[str]) -> None:
         """Replace the slices by those of a file that `save` wrote for the same layers.
@@ -163,7 +166,7 @@ class SliceTuner:
             AdapterFileError: if the file is missing, corrupt, or was written for other layers, or if it holds
                 differences from the base (``additive``) and this model's slices hold values, or the other way round.
         """
-        tensors, header = _read_file(Path(path))
+        tensors, header = read_file(Path(path))
         additive = bool(header.get("additive", False))
         if additive != self.additive:
             raise AdapterFileError(
@@ -177,7 +180,7 @@ class SliceTuner:
                 f"{path}: the file's layers differ from the model's ({', '.join(odd)}, ...). Attach with the same "
                 "target_modules, to the same base model, as when the file was written."
             )
-        beside = set(header.get("beside", self.layers if additive else ()))
+        beside = set(_named(header.get("beside", list(self.layers) if additive else []), str(path)))
         odd_one = next((n for n, layer in self.layers.items() if (layer.packed is not None) != (n in beside)), None)
         if odd_one is not None:
             raise AdapterFileError(
@@ -469,18 +472,32 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(parent, child, module)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file, and its header: version, additive, progress."""
+def _named(found: Any, where: str) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise AdapterFileError(f"{where}: what it says of layers beside their weights makes no sense; it is corrupt.")
+    return found
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file that `SliceTuner.save` wrote, and its header: version, additive, progress, checksums.
+
+    Raises:
+        AdapterFileError: if it is missing or corrupt, or if a tensor is not what was saved.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("slicefine", "null"))
+            header = parse_json((file.metadata() or {}).get("slicefine", "null"), str(path))
             if not isinstance(header, dict) or not isinstance(header.get("version"), int):
                 raise AdapterFileError(f"{path}: not written by slicefine (no version in its metadata).")
             if header["version"] > FORMAT_VERSION:
                 raise AdapterFileError(
                     f"{path}: format version {header['version']} is newer than {FORMAT_VERSION}; update slicefine."
                 )
+            checksums = read_checksums(header.get("checksums"), str(path))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors, header
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{path}: cannot be read as a safetensors file ({error}).") from error
+    check_keys(set(tensors), checksums, str(path))
+    for key, tensor in tensors.items():
+        check_tensor(key, tensor, checksums, str(path))
+    return tensors, header

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..durable import replacing, write_file
 from .measure import ShapeResult
 from .settings import BenchSettings
 
@@ -101,7 +102,7 @@ def write_json(path: Path, results: list[ShapeResult], settings: BenchSettings, 
         "settings": vars(settings),
         "results": [result.to_dict() for result in results],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(record, indent=1) + "\n")
 
 
 def draw(path: Path, results: list[ShapeResult]) -> None:
@@ -122,7 +123,8 @@ def draw(path: Path, results: list[ShapeResult]) -> None:
         times.set(title=result.shape.name, xlabel="step time / floor (median, quartiles)")
         kept.barh(names, [row.saved / 2**20 for row in rows], color="tab:orange")
         kept.set(xlabel="activations kept for backward (MiB)", yticklabels=[])
-    figure.savefig(path, dpi=120)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
 
 
 def _size(count: int) -> str:

@@ -41,6 +41,7 @@ class EvalSettings:
         model: the base, if it is elsewhere than in training.
         batch_size: rows per batch.
         output: file for the metrics in JSON.
+        trust_remote_code: run model code that comes with the base; the adapter's own files cannot say so.
         questions: {name: file} that a language model answers in words, instead of a split.
         harness: tasks of the lm-evaluation-harness for a language model, instead of a split.
     """
@@ -50,6 +51,7 @@ class EvalSettings:
     model: str | None = None
     batch_size: int = 32
     output: str | None = None
+    trust_remote_code: bool = False
     questions: dict[str, str] = field(default_factory=dict)
     harness: list[str] = field(default_factory=list)
 
@@ -83,6 +85,7 @@ def run(chosen: Any) -> int:
         model=settings.model,
         batch_size=settings.batch_size,
         output=settings.output,
+        trust_remote_code=settings.trust_remote_code,
     )
     return 0
 
@@ -93,12 +96,14 @@ def _in_words(settings: EvalSettings) -> int:
     from ..training.language import answer_questions, evaluate_harness
 
     check_output(settings.output)
-    adapter, limit, model, size = settings.adapter, settings.data.limit, settings.model, settings.batch_size
+    adapter, limit = settings.adapter, settings.data.limit
+    given: dict[str, Any] = {"model": settings.model, "batch_size": settings.batch_size}
+    given["trust_remote_code"] = settings.trust_remote_code
     found: dict[str, float] = {}
     if settings.questions:
-        found |= answer_questions(adapter, settings.questions, limit=limit, model=model, batch_size=size)
+        found |= answer_questions(adapter, settings.questions, limit=limit, **given)
     if settings.harness:
-        measured = evaluate_harness(adapter, settings.harness, model=model, batch_size=size, limit=limit)
+        measured = evaluate_harness(adapter, settings.harness, limit=limit, **given)
         for task, metrics in measured.items():
             found |= {f"{task} {name}": value for name, value in metrics.items() if isinstance(value, float)}
     publish_metrics(found, "answers in words", {"adapter": adapter}, settings.output)

@@ -14,7 +14,7 @@ _FLAGS = (
     *("dry_run", "quiet", "overwrite", "resume", "verify"),
     *("layers", "distance", "keep", "markdown"),
     *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory", "private"),
-    *("model.trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
+    *("model.trust_remote_code", "trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
 
 
@@ -57,19 +57,29 @@ def _run(argv: Sequence[str]) -> int:
         sweep,
         train,
         undo,
+        verify,
     )
+    from .parsing import parse
 
     about = "Fine-tune in place with small moving slices."
     parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
     commands = parser.add_subcommands()
     verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
-    verbs |= {"undo": undo, "push": push, "info": info, "report": report, "plan": plan, "analyze": analyze}
+    verbs |= {
+        "undo": undo,
+        "push": push,
+        "info": info,
+        "verify": verify,
+        "report": report,
+        "plan": plan,
+        "analyze": analyze,
+    }
     verbs |= {"sweep": sweep, "reproduce": reproduce, "methods": methods, "bench": bench}
     for name, verb in verbs.items():
         own = commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
         if verb is analyze:
             analyze.add_studies(own)
-    chosen = parser.parse_args(normalise(argv))
+    chosen = parse(parser, normalise(argv))
     status: int = verbs[chosen.subcommand].run(chosen[chosen.subcommand])
     return status
 

@@ -21,12 +21,14 @@ class MergeSettings:
         output: folder of the checkpoint.
         model: the base, if it is elsewhere than in training.
         overwrite: replace what is in the output folder.
+        trust_remote_code: run model code that comes with the base; the adapter's own files cannot say so.
     """
 
     adapter: str
     output: str
     model: str | None = None
     overwrite: bool = False
+    trust_remote_code: bool = False
 
 
 def parser() -> ArgumentParser:
@@ -44,6 +46,6 @@ def run(chosen: Any) -> int:
 
     quiet_libraries()
     settings = MergeSettings(**instantiate(parser(), chosen))
-    folder = merge(settings.adapter, settings.output, settings.model, settings.overwrite)
+    folder = merge(settings.adapter, settings.output, settings.model, settings.overwrite, settings.trust_remote_code)
     print(f"written to {folder}")
     return 0

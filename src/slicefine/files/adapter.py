@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checksums import check_keys, check_tensor, checksum, read_checksums
 from ..delta import KINDS, pack_values, unpack
+from ..durable import finish, standing
 from ..errors import AdapterFileError, ConfigError
 from ..functional import pad_block
 from ..geometry import AXES, Slice
 from ..journal import Visit, read_table, split_history
+from ..reading import read_json
 from ..state import SampledEntry, read_sample
 from ..transfer import BESIDE as DIFFERENCES
 from ..tuner import ADAPTER_VERSION
 from .writing import atomic_folder
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "LayerFile", "owned_slices", "read_adapter", "write_adapter"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Adapter",
+    "LayerFile",
+    "check_sealed",
+    "files_beside",
+    "mend",
+    "owned_slices",
+    "read_adapter",
+    "seal",
+    "write_adapter",
+]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -112,6 +128,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         AdapterFileError: if a file is missing, corrupt, of another method, or written by a newer slicefine.
     """
     path = find_adapter(folder)
+    mend(path)
     config = read_config(path)
     version = config.get("format_version", ADAPTER_VERSION)
     if not isinstance(version, int) or version > ADAPTER_VERSION:
@@ -124,15 +141,14 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     tensors: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    with open_weights(path) as file:
-        for key in sorted(file.keys()):
-            name, mark, kind = key.rpartition(_MARK)
-            if not mark:
-                others[key] = file.get_tensor(key)
-            elif kind not in ("active", *KINDS, DIFFERENCES):
-                raise AdapterFileError(f"{path / WEIGHTS}: unknown tensor {key}; update slicefine.")
-            else:
-                tensors.setdefault(name.removeprefix(_PREFIX), {})[kind] = file.get_tensor(key)
+    for key, tensor in _checked_tensors(path, config):
+        name, mark, kind = key.rpartition(_MARK)
+        if not mark:
+            others[key] = tensor
+        elif kind not in ("active", *KINDS, DIFFERENCES):
+            raise AdapterFileError(f"{path / WEIGHTS}: unknown tensor {key}; update slicefine.")
+        else:
+            tensors.setdefault(name.removeprefix(_PREFIX), {})[kind] = tensor
     weights = config.get("weights") or {}
     if not isinstance(weights, dict):
         raise AdapterFileError(f"{path / CONFIG}: what it says of the weights makes no sense; the file is corrupt.")
@@ -178,11 +194,49 @@ def write_adapter(adapter: Adapter, target: Path, beside: Path | None = None) ->
         path = layer.path or name
         tensors |= {f"{_PREFIX}{path}{_MARK}{kind}": tensor.contiguous() for kind, tensor in own.items()}
     with atomic_folder(target) as aside:
-        for file in () if beside is None else sorted(beside.iterdir()):
-            if file.is_file() and file.name in BESIDE:
-                shutil.copyfile(file, aside / file.name)
+        for file in () if beside is None else files_beside(beside):
+            shutil.copyfile(file, aside / file.name)
         safetensors.torch.save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (aside / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        seal(aside)
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """The files of an adapter's folder that go where it goes: the tokenizer's, and what `slicefine eval` needs.
+
+    Raises:
+        AdapterFileError: if one is a link to somewhere else: it could be anything of this machine.
+    """
+    found = sorted(file for file in folder.iterdir() if file.is_file() and file.name in BESIDE)
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # the hub's cache: files are links to ../../blobs
+        home = home.parents[1]
+    for file in found:
+        if not file.resolve().is_relative_to(home):
+            raise AdapterFileError(f"{file}: a link to a file outside of the adapter's folder; it is not followed.")
+    return found
+
+
+def seal(folder: Path) -> None:
+    """Note in an adapter folder's configuration what its tensors are: the checksum of each, as the file has it."""
+    if not (folder / WEIGHTS).is_file():
+        return
+    with open_weights(folder) as file:
+        checksums = {key: checksum(file.get_tensor(key)) for key in sorted(file.keys())}
+    config = {**read_config(folder), "checksums": checksums}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_sealed(folder: Path, config: dict[str, Any]) -> None:
+    """Raise `AdapterFileError` unless an adapter folder's tensors are those that were saved with its configuration."""
+    for _ in _checked_tensors(folder, config):
+        pass
+
+
+def mend(folder: Path) -> None:
+    """Before reading: put files in place that a crash while saving kept from it."""
+    with suppress(OSError):  # read only: then the checksums tell
+        finish(folder)
 
 
 def owned_slices(reserve: Any) -> dict[str, list[list[Any]]] | None:
@@ -230,6 +284,7 @@ def find_adapter(folder: str | Path) -> Path:
         AdapterFileError: if there is no such folder, and the hub has none or cannot be reached.
     """
     path = Path(folder).expanduser()
+    path = standing(path)
     if not path.exists() and HUB_NAME.fullmatch(str(folder)):
         return _fetched(str(folder))
     if not (path / CONFIG).is_file() and (path / "adapter" / CONFIG).is_file():
@@ -264,10 +319,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise AdapterFileError(f"{file} is missing; give the folder of an adapter in PEFT's layout.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterFileError(f"{file}: not readable as JSON ({error}); the file is corrupt.") from error
+    config = read_json(file)
     if not isinstance(config, dict):
         raise AdapterFileError(f"{file}: expected a JSON object, got {type(config).__name__}; the file is corrupt.")
     return config
@@ -286,6 +338,19 @@ def open_weights(path: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{file}: cannot be read as a safetensors file ({error}); it is corrupt.") from error
+
+
+def _checked_tensors(path: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an adapter folder by their full names, each compared with its checksum."""
+    where = str(path / WEIGHTS)
+    checksums = read_checksums(config.get("checksums"), str(path / CONFIG))
+    with open_weights(path) as file:
+        names = sorted(file.keys())
+        check_keys(set(names), checksums, where)
+        for key in names:
+            tensor = file.get_tensor(key)
+            check_tensor(key, tensor, checksums, where)
+            yield key, tensor
 
 
 def _layer(file: Path, name: str, tensors: dict[str, Tensor], facts: Any) -> LayerFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import ExitStack
 from functools import cached_property
@@ -17,6 +16,7 @@ from torch import Tensor
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..functional import read_block
 from ..geometry import Slice
+from ..reading import read_json
 from ..state import same_base
 from .adapter import Adapter, LayerFile, first_line
 
@@ -215,8 +215,8 @@ class Checkpoint:
         if not config.is_file():
             return None
         try:
-            kind: str | None = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
+            kind: str | None = read_json(config).get("model_type")
+        except AttributeError as error:
             raise AdapterFileError(f"{config}: not a readable model configuration ({error}).") from error
         return kind
 
@@ -239,9 +239,9 @@ class Checkpoint:
         index = self.folder / _INDEX
         if index.is_file() and not (self.folder / _SINGLE).is_file():  # transformers prefers the single file, too
             try:
-                weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weights = read_json(index)["weight_map"]
                 names = {str(key): str(name) for key, name in weights.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise AdapterFileError(f"{index}: not a readable index of shards ({error}).") from error
             for name in names.values():
                 if Path(name).name != name:

@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .adapter import BESIDE, CONFIG, HUB_NAME, WEIGHTS, Adapter, first_line, read_adapter
+from ..errors import AdapterFileError, ConfigError
+from ..reading import read_json
+from .adapter import CONFIG, HUB_NAME, WEIGHTS, Adapter, files_beside, first_line, read_adapter, read_config
 
 __all__ = ["model_card", "push"]
 
@@ -64,9 +65,9 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "adapter"
         copy.mkdir()
-        for file in sorted(adapter.folder.iterdir()):  # not everything: a folder may hold a trainer's state, or secrets
-            if file.is_file() and file.name in (CONFIG, WEIGHTS, *BESIDE):
-                shutil.copyfile(file, copy / file.name)
+        own = (adapter.folder / CONFIG, adapter.folder / WEIGHTS)
+        for file in (*own, *files_beside(adapter.folder)):  # not everything: a folder may hold a state, or secrets
+            shutil.copyfile(file, copy / file.name)
         _rename_base(copy, str(name))
         card = model_card(adapter, str(name), repository, license)
         (copy / "README.md").write_text(card, encoding="utf-8")
@@ -155,8 +156,8 @@ def _report(folder: Path) -> dict[str, Any]:
     """What `slicefine train` wrote beside the adapter's folder; empty where there is nothing."""
     file = folder.parent / "metrics.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(file)
+    except AdapterFileError:
         return {}
     mine = isinstance(found, dict) and isinstance(found.get("settings"), dict) and isinstance(found.get("after"), dict)
     return found if mine else {}
@@ -172,12 +173,12 @@ def _metrics(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _rename_base(folder: Path, base: str) -> None:
     """Name the base as others know it, in the files that name it."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = read_config(folder)
     config["base_model_name_or_path"] = base
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     file = folder / _RUN_FILE
     if file.is_file():
-        run = json.loads(file.read_text(encoding="utf-8"))
+        run = read_json(file)
         model, data = (run.get(part) if isinstance(run.get(part), dict) else {} for part in ("model", "data"))
         model["path"] = base
         if Path(str(data.get("path", ""))).is_absolute():  # a folder of this machine

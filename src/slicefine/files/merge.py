@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError, UnsupportedError
 from ..geometry import Slice, entry_indices
+from ..reading import parse_json
 from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .writing import atomic_folder
@@ -83,7 +83,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= file.stat().st_size - 8:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length), str(file))
         found = {}
         for name, facts in header.items():
             if name != "__metadata__" and facts["dtype"] in _DTYPES:

@@ -1,42 +1,13 @@
-"""Folders that appear whole or not at all."""
+"""Where a command may write."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from ..durable import replacing_folder as atomic_folder
 from ..errors import ConfigError
 
 __all__ = ["atomic_folder", "check_target"]
-
-
-@contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling to write into; it takes the target's place when all went well, or vanishes.
-
-    Raises:
-        ConfigError: if nothing can be written there.
-
-    Example:
-        >>> with atomic_folder(Path("out/adapter")) as folder:  # doctest: +SKIP
-        ...     model.save_pretrained(folder)
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written ({error}). Choose a folder that can be.") from error
-    try:
-        aside.chmod(0o755)
-        yield aside
-        if target.exists():
-            shutil.rmtree(target)
-        aside.replace(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_target(output: str | Path, sources: list[Path], overwrite: bool = False) -> Path:

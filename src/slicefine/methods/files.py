@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..errors import AdapterFileError
+from ..reading import read_json
 from .base import Base, Method, MethodLayer, options_of
 
 __all__ = ["METHOD_FILE", "TENSORS_FILE", "load_tensors", "own_tensors", "save_tensors"]
@@ -52,9 +53,9 @@ def load_tensors(base: Base, method: Method, folder: Path) -> nn.Module:
         if not (folder / name).is_file():
             raise AdapterFileError(f"{folder / name} is missing; copy the whole folder, or train again.")
     try:
-        content = json.loads((folder / METHOD_FILE).read_text())
+        content = read_json(folder / METHOD_FILE)
         tensors = safetensors.torch.load_file(folder / TENSORS_FILE)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterFileError(f"{folder}: cannot be read ({error}); the file is corrupt. Train again.") from error
     if not isinstance(content, dict) or content.get("version") != _VERSION or content.get("method") != method.name:
         raise AdapterFileError(

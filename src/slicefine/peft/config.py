@@ -11,8 +11,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..errors import AdapterFileError, ConfigError
-from ..files.adapter import owned_slices
+from ..errors import AdapterFileError, ConfigError, SliceFineError
+from ..files.adapter import CONFIG, mend, owned_slices, read_config
 from ..geometry import Slice
 from ..mover import MoveSettings
 from ..schedule import Schedule
@@ -144,6 +144,10 @@ class SliceFineConfig(PeftConfig):
     progress: list[dict[str, float]] | None = field(
         default=None, metadata={"help": "Loss and metrics of each visit, filled in at save. Do not set."}
     )
+    checksums: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Of a file's tensors: saving writes, reading checks them. Do not set."},
+    )
     format_version: int = field(default=ADAPTER_VERSION, metadata={"help": "Of the adapter file. Do not set."})
 
     def __post_init__(self) -> None:
@@ -165,6 +169,7 @@ class SliceFineConfig(PeftConfig):
             raise ConfigError("mode='random_mask' trains scattered entries in place; it cannot be additive.")
         if self.save_values not in ("master", "base"):
             raise ConfigError(f"save_values={self.save_values!r} is unknown; expected master or base.")
+        self.checksums = None  # of a file, not of what is trained from it
         self.reserve = owned_slices(self.reserve)
         self.schedule()
         self.move_settings()
@@ -187,6 +192,27 @@ class SliceFineConfig(PeftConfig):
             )
         result: dict[str, Any] = super().check_kwargs(**kwargs)  # type: ignore[no-untyped-call]
         return result
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, of a folder that may hold anything.
+
+        Raises:
+            AdapterFileError: if the folder's configuration is none.
+        """
+        folder = Path(str(pretrained_model_name_or_path), subfolder or "")
+        if not (folder / CONFIG).is_file():  # on the hub
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        mend(folder)
+        read_config(folder)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)  # type: ignore[no-untyped-call]
+        except SliceFineError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise AdapterFileError(
+                f"{folder / CONFIG}: its settings make no sense ({type(error).__name__}: {error}); the file is corrupt."
+            ) from error
 
     def schedule(self, rank: int | None = None) -> Schedule:
         """The pure schedule of these settings; ``rank`` replaces every rank (for `rank_pattern`)."""

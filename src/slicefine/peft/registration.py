@@ -1,4 +1,4 @@
-"""The one place that reaches into PEFT and transformers: a new method type, honest counts, the run's length.
+"""The one place that reaches into PEFT and transformers: method type, honest counts, whole files, the run's length.
 
 PEFT's method type is a closed enumeration without plug-in discovery, so one member is added to it before the
 official registration. Everything here is guarded for the day when the name exists upstream.
@@ -6,13 +6,19 @@ official registration. Everything here is guarded for the day when the name exis
 
 from __future__ import annotations
 
+import functools
+import inspect
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
+from ..durable import replacing_files
+from ..files.adapter import CONFIG, WEIGHTS, check_sealed, mend, read_config, seal
 from ..layer import SliceLayer
 
 __all__ = ["NAME", "install_trainer_callback", "register"]
@@ -28,6 +34,8 @@ def register(config: type, model: type) -> None:
         return
     register_peft_method(name=NAME.lower(), config_cls=config, model_cls=model)
     _count_active_entries()
+    _save_whole()
+    _check_before_loading()
 
 
 def _add_member() -> None:
@@ -66,6 +74,53 @@ def _count_active_entries() -> None:
 
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]
     PeftModel.print_trainable_parameters = print_trainable_parameters  # type: ignore[method-assign]
+
+
+def _save_whole() -> None:
+    """Let `PeftModel.save_pretrained` replace an adapter's files together, and note the tensors' checksums.
+
+    PEFT writes weights and configuration one after the other into the folder itself. For models without slices nothing
+    changes.
+    """
+    save = PeftModel.save_pretrained
+    names = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        main = names.bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True)
+        sliced = any(config.peft_type == NAME for config in self.peft_config.values())
+        if not (sliced and main) or Path(save_directory).is_file():  # a file: PEFT says so
+            save(self, save_directory, *args, **kwargs)
+            return
+        with replacing_files(Path(save_directory)) as aside:
+            card = Path(save_directory, "README.md")
+            if card.is_file():  # PEFT adds to it
+                shutil.copyfile(card, aside / card.name)
+            save(self, str(aside), *args, **kwargs)
+            for file in aside.rglob(CONFIG):
+                seal(file.parent)
+
+    PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _check_before_loading() -> None:
+    """Let `PeftModel.load_adapter` compare an adapter's tensors with their checksums first, where it is a folder.
+
+    Straight from the hub PEFT downloads the files while it loads them; there `slicefine verify` checks them.
+    """
+    load = PeftModel.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(str(model_id), kwargs.get("subfolder") or "")
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            mend(folder)
+            config = read_config(folder)
+            if config.get("peft_type") == NAME:
+                check_sealed(folder, config)
+        return load(self, model_id, *args, **kwargs)
+
+    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
 
 
 def install_trainer_callback(callback: Any) -> None:

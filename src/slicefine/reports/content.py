@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from ..files.adapter import CONFIG, Adapter, find_adapter, read_adapter
 from ..files.checkpoint import Checkpoint
 from ..files.distance import Distance, distances
 from ..geometry import Slice
+from ..reading import read_json
 from ..training.contents import Contents, read_contents
 from ..training.trained import RUN_FILE
 from .elements import clean
@@ -221,10 +221,7 @@ def _number(value: Any) -> float:
 
 
 def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{file}: not readable as JSON ({error}); the file is corrupt. Write it anew.") from error
+    return read_json(file, "the file is corrupt. Write it anew.", DataError)
 
 
 def _cleaned(value: Any) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
+from ..durable import write_file
 from ..errors import ConfigError
 
 __all__ = ["check_file", "write_page"]
@@ -26,22 +25,9 @@ def check_file(output: str, overwrite: bool = False) -> Path:
 
 
 def write_page(path: Path, content: str) -> None:
-    """Write through a temporary sibling, so that a reader never sees half a page.
+    """Replace a page, whole or not at all.
 
     Raises:
         ConfigError: if the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise ConfigError(f"output={str(path)!r} cannot be written ({error}). Choose a file that can be.") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except OSError as error:
-        raise ConfigError(f"output={str(path)!r} cannot be written ({error}). Choose a file that can be.") from error
-    finally:
-        Path(aside).unlink(missing_ok=True)
+    write_file(path, content)

@@ -181,15 +181,11 @@ def publish(result: Result, output: str | None, console: Console | None = None, 
     if output is None:
         return []
     folder = Path(output).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{result.name}.json"]
-        content = {"numbers": result.numbers, "notes": list(result.notes), "settings": settings, **environment()}
-        write_json(files[0], plain(content))
-        for chart in result.charts:
-            files += save_chart(chart, folder)
-    except OSError as error:
-        raise ConfigError(f"output={output!r} cannot be written ({error}). Choose another folder.") from error
+    files = [folder / f"{result.name}.json"]
+    content = {"numbers": result.numbers, "notes": list(result.notes), "settings": settings, **environment()}
+    write_json(files[0], plain(content))
+    for chart in result.charts:
+        files += save_chart(chart, folder)
     console.print(f"written to {folder}", highlight=False)
     return files
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .recipes import read_recipe
 from .settings import SweepSettings, ViewSettings
 
 __all__ = ["FOLDER", "PaperTable", "find_recipe", "read_table"]
@@ -71,12 +72,21 @@ def read_table(file: Path, scale: str) -> PaperTable:
         ConfigError: for a scale, a method or a field that it does not have.
     """
     content = _extended(file)
-    unknown = sorted(content.keys() - _FIELDS)
+    try:
+        return _table(file, content, scale)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{file}: a part of it is of another kind than a table's recipe has ({error}).") from error
+
+
+def _table(file: Path, content: dict[str, Any], scale: str) -> PaperTable:
+    unknown = sorted(map(str, content.keys() - _FIELDS))
     if unknown:
         raise ConfigError(f"{file}: unknown fields {', '.join(unknown)}; expected {', '.join(sorted(_FIELDS))}.")
     scales = content.get("scales") or {}
     if scale not in scales:
-        raise ConfigError(f"{file}: scale={scale!r} is not there; it has {', '.join(scales) or 'none'}.")
+        raise ConfigError(f"{file}: scale={scale!r} is not there; it has {', '.join(map(str, scales)) or 'none'}.")
     if not isinstance(scales[scale], Mapping):
         raise ConfigError(f"{file}: scales: {scale}: expected settings of a sweep, got {scales[scale]!r}.")
     chosen = dict(scales[scale])
@@ -99,7 +109,7 @@ def _methods(file: Path, names: list[str]) -> dict[str, dict[str, Mapping[str, A
     """The axis of methods, from the list that all tables share."""
     if not names:
         return {}
-    known = _load(file.parent / METHODS)
+    known = read_recipe(file.parent / METHODS)
     missing = [name for name in names if name not in known]
     if missing:
         raise ConfigError(f"{file}: methods {', '.join(missing)} are not in {METHODS}.")
@@ -110,7 +120,7 @@ def _tasks(file: Path, group: str | None) -> dict[str, dict[str, Mapping[str, An
     """The axis of tasks, from the groups that tables share."""
     if group is None:
         return {}
-    known = _load(file.parent / TASKS)
+    known = read_recipe(file.parent / TASKS)
     if group not in known:
         raise ConfigError(f"{file}: tasks={group!r} is not in {TASKS}; it has {', '.join(known)}.")
     return {"task": known[group]}
@@ -118,7 +128,7 @@ def _tasks(file: Path, group: str | None) -> dict[str, dict[str, Mapping[str, An
 
 def _extended(file: Path) -> dict[str, Any]:
     """A recipe on top of the one that it extends; the published numbers are its own alone."""
-    content = _load(file)
+    content = read_recipe(file)
     parent = content.pop("extends", None)
     if parent is None:
         return content
@@ -126,7 +136,7 @@ def _extended(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: extends: {parent!r} is no name of a recipe in the same folder.")
     if not (file.parent / f"{parent}.yaml").is_file():
         raise ConfigError(f"{file}: extends: there is no {parent}.yaml beside it.")
-    base = _load(file.parent / f"{parent}.yaml")
+    base = read_recipe(file.parent / f"{parent}.yaml")
     if "extends" in base:
         raise ConfigError(f"{file}: extends {parent}, which extends another; name the first one.")
     return {**_merged(base, content), "paper": content.get("paper", {})}
@@ -136,15 +146,3 @@ def _merged(base: Any, changes: Any) -> Any:
     if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
         return changes
     return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}
-
-
-def _load(file: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a mapping, got {type(content).__name__}.")
-    return content

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..charts import Chart, Line, Panel, plain
+from ..durable import write_file
 from ..errors import SliceFineError
 from ..plots import save_chart
 from .paper import PaperTable
@@ -40,7 +41,7 @@ def reproduce(table: PaperTable, console: Console | None = None) -> list[Summary
         return found
     console.print(beside_the_paper(table, found))
     folder = Path(str(table.settings.output)).expanduser()
-    (folder / "table.md").write_text(markdown(table, found), encoding="utf-8")
+    write_file(folder / "table.md", markdown(table, found))
     save_chart(price_chart(table, found), folder)
     from ..training.report import write_json
 

@@ -115,6 +115,12 @@ class SweepSettings:
     search_only: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("base", "vary", "tune", "final", "only", "change"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name}: expected a mapping of settings, got {getattr(self, name)!r:.100}.")
+        for name, values in self.tune.items():
+            if not isinstance(values, list) or not values:
+                raise ConfigError(f"tune: {name!r} needs a list of values, got {values!r:.100}.")
         if self.search_only and not self.tune:
             raise ConfigError("search_only=true: the sweep tunes nothing, so that there is no search.")
         if not self.seeds:

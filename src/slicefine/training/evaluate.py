@@ -42,6 +42,7 @@ def evaluate(
     model: str | None = None,
     batch_size: int = 32,
     output: str | None = None,
+    trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> dict[str, float]:
     """All metrics of a trained adapter on one split.
@@ -53,6 +54,7 @@ def evaluate(
         model: the base, if it is elsewhere than in training.
         batch_size: rows per batch.
         output: file for the metrics.
+        trust_remote_code: run code that comes with the base; an adapter's own files cannot say so.
         console: where to print.
 
     Raises:
@@ -69,7 +71,7 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r} must be at least 1.")
     check_output(output)
-    trained = load_trained(Path(adapter), model)
+    trained = load_trained(Path(adapter), model, trust_remote_code)
     data = _data(trained.data, split, path, name, file, limit)
     splits = load_splits(data)
     if split not in splits:
@@ -96,13 +98,12 @@ def publish_metrics(
     _print(metrics, title, console or Console())
     if output is None:
         return
-    try:
-        write_json(Path(output), {**facts, "metrics": metrics, **environment()})
-    except OSError as error:
-        raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a file that can be.") from error
+    write_json(Path(output), {**facts, "metrics": metrics, **environment()})
 
 
-def merge(adapter: str, output: str, model: str | None = None, overwrite: bool = False) -> Path:
+def merge(
+    adapter: str, output: str, model: str | None = None, overwrite: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Write a plain Hugging Face checkpoint: the base with the adapter's values in its weights, and the tokenizer.
 
     Slices without a new head are written into a copy of the base's own files, in little memory. Anything else that
@@ -113,6 +114,7 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
         output: folder of the checkpoint.
         model: the base, if it is elsewhere than in training.
         overwrite: replace what is in that folder.
+        trust_remote_code: run code that comes with the base; an adapter's own files cannot say so.
 
     Raises:
         AdapterFileError: if the adapter is missing or corrupt.
@@ -124,14 +126,11 @@ def merge(adapter: str, output: str, model: str | None = None, overwrite: bool =
     run = read_run(Path(adapter))
     base = Path(model or run["model"]["path"]).expanduser()  # a name on the hub is no folder
     target = check_target(output, [run["folder"], *([base] if base.is_dir() else [])], overwrite)
-    trained = load_trained(Path(adapter), model)
+    trained = load_trained(Path(adapter), model, trust_remote_code)
     whole: Any = trained.model.merge_and_unload() if run["adapter"] else merge_layers(trained.model)
-    try:
-        with atomic_folder(target) as aside:
-            whole.save_pretrained(aside)
-            trained.loaded.processor.save_pretrained(aside)
-    except OSError as error:
-        raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a folder that can be.") from error
+    with atomic_folder(target) as aside:
+        whole.save_pretrained(aside)
+        trained.loaded.processor.save_pretrained(aside)
     return target
 
 
@@ -152,10 +151,7 @@ def _merge_files(adapter: str, output: str, model: str | None, overwrite: bool) 
         if from_run and missing_modules(content, base):
             return None
         target = check_target(output, [folder, base.folder], overwrite)
-        try:
-            rounded = merge_files(content, base, target)
-        except OSError as error:
-            raise ConfigError(f"output={output!r} cannot be written ({error}). Choose a folder that can be.") from error
+        rounded = merge_files(content, base, target)
     if rounded:
         warnings.warn(
             f"SliceFine: trained in higher precision than the base's files have; values were rounded to {rounded[0]}.",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from ..errors import ConfigError
+from .checkpoints import damaged
 from .settings import TrainSettings
 
 __all__ = ["CHECKPOINTS", "RunFolder", "open_folder"]
@@ -97,15 +99,24 @@ def _find_checkpoint(settings: TrainSettings) -> Path | None:
     folder = Path(settings.output or "") if settings.resume is True else Path(settings.resume)
     folder = folder.expanduser()
     if _is_checkpoint(folder):
+        damage = damaged(folder)
+        if damage is not None:
+            raise ConfigError(f"resume: {damage} Give an earlier checkpoint, or the run's output folder.")
         return folder
-    found = _checkpoints(folder)
-    if not found:
-        state = "is no folder" if not folder.is_dir() else "holds no whole checkpoint"
-        raise ConfigError(
-            f"resume: {str(folder)!r} {state}. Give the output folder of a run that was interrupted, or one of its "
-            f"{CHECKPOINTS}/checkpoint-N folders; or leave resume out to start anew."
-        )
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    found = sorted(_checkpoints(folder), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    reason = ""
+    for checkpoint in found:
+        damage = damaged(checkpoint)
+        if damage is None:
+            if reason:
+                warnings.warn(f"SliceFine: the run goes on from {checkpoint.name}: {reason}", UserWarning, stacklevel=2)
+            return checkpoint
+        reason = reason or damage
+    state = "is no folder" if not folder.is_dir() else "holds no whole checkpoint"
+    raise ConfigError(
+        f"resume: {str(folder)!r} {state}{f' ({reason})' if reason else ''}. Give the output folder of a run that was "
+        f"interrupted, or one of its {CHECKPOINTS}/checkpoint-N folders; or leave resume out to start anew."
+    )
 
 
 def _checkpoints(output: Path) -> list[Path]:

@@ -14,7 +14,13 @@ __all__ = ["answer_questions", "evaluate_harness", "harness_model"]
 
 
 def answer_questions(
-    adapter: str, questions: dict[str, str], *, limit: int | None = None, model: str | None = None, batch_size: int = 8
+    adapter: str,
+    questions: dict[str, str],
+    *,
+    limit: int | None = None,
+    model: str | None = None,
+    batch_size: int = 8,
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Share of right answers of a trained language model in each file of questions, and their mean as accuracy.
 
@@ -23,6 +29,7 @@ def answer_questions(
         questions: ``{name: file}``, files as LLM-Adapters has them.
         limit: at most this many questions of each.
         model: the base, if it is elsewhere than in training.
+        trust_remote_code: run code that comes with the base.
         batch_size: sequences at a time.
 
     Raises:
@@ -34,7 +41,7 @@ def answer_questions(
         >>> answer_questions("runs/math/adapter", {"gsm8k": "data/gsm8k/test.jsonl.gz"})  # doctest: +SKIP
         {'gsm8k': 0.31, 'accuracy': 0.31}
     """
-    trained = load_trained(Path(adapter), model)
+    trained = load_trained(Path(adapter), model, trust_remote_code)
     if not isinstance(trained.task, Reasoning):
         raise ConfigError(f"{adapter}: trained for {trained.task.name}; questions are for task.name=reasoning.")
     return trained.task.grade(trained.model, trained.loaded.processor, questions, limit, batch_size)
@@ -60,7 +67,13 @@ def harness_model(model: Any, tokenizer: Any, batch_size: int = 8) -> Any:
 
 
 def evaluate_harness(
-    adapter: str, tasks: list[Any], *, model: str | None = None, batch_size: int = 8, **options: Any
+    adapter: str,
+    tasks: list[Any],
+    *,
+    model: str | None = None,
+    batch_size: int = 8,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Metrics of harness tasks for a trained adapter.
 
@@ -68,6 +81,7 @@ def evaluate_harness(
         adapter: the folder that `train` wrote.
         tasks: names of tasks, or the harness's own task objects.
         model: the base, if it is elsewhere than in training.
+        trust_remote_code: run code that comes with the base.
         batch_size: sequences at a time.
         **options: of ``lm_eval.simple_evaluate``, such as ``limit`` or ``num_fewshot``.
 
@@ -83,7 +97,7 @@ def evaluate_harness(
         0.43
     """
     harness = _import("lm_eval")
-    trained = load_trained(Path(adapter), model)
+    trained = load_trained(Path(adapter), model, trust_remote_code)
     if trained.task.peft_task_type != "CAUSAL_LM":
         raise ConfigError(
             f"{adapter}: trained for {trained.task.name}; the harness evaluates language models "

@@ -270,8 +270,4 @@ def _write(file: str, found: RankPlan) -> None:
         "examples": found.examples,
         "layers": [asdict(layer) | {"r": layer.r} for layer in found.layers],
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
-    except OSError as error:
-        raise ConfigError(f"rank_file={file!r} cannot be written ({error}). Choose another place.") from error
+    write_json(path, content)

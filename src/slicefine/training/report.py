@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..durable import write_file
 from .counts import model_touched
 from .methods import tensor_counts
 from .session import Session, main_metric
@@ -75,10 +76,12 @@ def run_counts(session: Session) -> dict[str, int]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON through a temporary sibling, so that a reader never sees half of it."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    aside.replace(path)
+    """Replace a JSON file, whole or not at all.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    write_file(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def print_report(session: Session, report: dict[str, Any], console: Console) -> None:

@@ -11,6 +11,7 @@ from ..errors import AdapterFileError
 from ..files.adapter import find_adapter
 from ..methods import Base, find, options_of
 from ..methods.files import load_tensors, save_tensors
+from ..reading import read_json
 from ..tasks import Columns, DataSettings, Loaded, ModelSettings, Task, TaskSettings, get_task
 from .session import Session
 
@@ -61,13 +62,20 @@ def save_trained(session: Session, folder: Path) -> None:
     (folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """The run file of a results folder.
+
+    It may come from anybody. So it never switches on code that a model brings along, whatever it says, and from the hub
+    it names no files of this machine.
+
+    Args:
+        folder: the ``adapter`` folder of a run, or a name on the hub.
+        trust_remote_code: the user's own word for that code.
 
     Raises:
         AdapterFileError: if the folder or the file is missing or corrupt.
     """
-    folder = find_adapter(folder)
+    given, folder = folder, find_adapter(folder)
     path = folder / RUN_FILE
     if not path.is_file() and (folder / "adapter" / RUN_FILE).is_file():
         path = folder / "adapter" / RUN_FILE  # the output folder was given instead of its adapter/
@@ -76,38 +84,57 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"{folder}: no {RUN_FILE} here. Give the adapter/ folder that `slicefine train` wrote; other adapters are "
             "loaded with peft.PeftModel.from_pretrained."
         )
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise AdapterFileError(f"{path}: not readable as JSON ({error}); the file is corrupt.") from error
+    content = read_json(path)
     if not isinstance(content, dict) or content.get("version") != FORMAT_VERSION:
         raise AdapterFileError(f"{path}: expected version {FORMAT_VERSION}; update slicefine, or train again.")
     missing = {"adapter", "model", "data", "task", "state"} - content.keys()
     if missing:
         raise AdapterFileError(f"{path}: {', '.join(sorted(missing))} is missing; the file is corrupt. Train again.")
-    return {**content, "folder": path.parent}
+    odd = next((part for part in ("model", "data", "task") if not isinstance(content[part], dict)), None)
+    if odd is not None:
+        raise AdapterFileError(f"{path}: {odd} is no group of settings; the file is corrupt. Train again.")
+    if not Path(given).expanduser().exists():
+        _refuse_paths(path, content)
+    model = {**content["model"], "trust_remote_code": trust_remote_code}
+    return {**content, "model": model, "folder": path.parent}
 
 
-def load_trained(folder: Path, model_path: str | None = None) -> Trained:
+def _refuse_paths(path: Path, content: dict[str, Any]) -> None:
+    """Raise `AdapterFileError` if a run file from the hub names files outside of what came with it."""
+    for part in ("model", "data"):
+        for name, value in content[part].items():
+            if isinstance(value, str) and (value.startswith(("/", "~", "\\")) or ".." in Path(value).parts):
+                raise AdapterFileError(
+                    f"{path}: {part}.{name}={value!r} names a file of this machine, and the adapter comes from the "
+                    "hub; it is not followed. Download the folder, and name model and data yourself."
+                )
+
+
+def load_trained(folder: Path, model_path: str | None = None, trust_remote_code: bool = False) -> Trained:
     """Load a results folder into a fresh base.
 
     Args:
         folder: the ``adapter`` folder of a run.
         model_path: the base, if it is elsewhere now.
+        trust_remote_code: run code that comes with the base; the run file cannot say so.
 
     Raises:
         AdapterFileError: if a file is missing, corrupt, or belongs to another base.
     """
-    run = read_run(folder)
+    run = read_run(folder, trust_remote_code)
     folder = run["folder"]
-    model_settings = ModelSettings(**run["model"])
-    method = find(run.get("method", "full"))
+    try:
+        model_settings = ModelSettings(**run["model"])
+        data = DataSettings(**{**run["data"], "columns": Columns(**run["data"]["columns"])})
+        task_settings = TaskSettings(**run["task"])
+        method = find(run.get("method", "full"))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{folder / RUN_FILE}: its settings make no sense ({error}). Train again.") from error
     if not run["adapter"] and method.saves == "model":
         model_settings = replace(model_settings, path=str(folder), config=None, revision=None, tokenizer=None)
     elif model_path is not None:
         model_settings = replace(model_settings, path=model_path)
-    data = DataSettings(**{**run["data"], "columns": Columns(**run["data"]["columns"])})
-    task = get_task(TaskSettings(**run["task"]), model_settings, data)
+    task = get_task(task_settings, model_settings, data)
     task.restore(run["state"])
     loaded = task.load()
     model = loaded.model

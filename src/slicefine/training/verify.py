@@ -41,7 +41,9 @@ def same_predictions(session: Session, folder: Path) -> bool:
     # the Trainer's autocast would round here what the saved files compute in full
     plain = extract_model_from_parallel(session.model, keep_fp32_wrapper=False)
     expected = predictions(plain, session)
-    reloaded = load_trained(folder).model.to(next(session.model.parameters()).device)
+    reloaded = load_trained(folder, trust_remote_code=session.settings.model.trust_remote_code).model.to(
+        next(session.model.parameters()).device
+    )
     return torch.equal(expected, predictions(reloaded, session))
 
 
