@@ -188,9 +188,8 @@ def content(path: Path) -> Any:
     """Of JSON and headers what they say: tokenizers and safetensors write them in any order."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            return {"header": file.metadata(), "bytes": path.read_bytes()} | {
-                k: file.get_tensor(k) for k in file.keys()
-            }
+            names = list(file.keys())
+            return {"header": file.metadata()} | {name: file.get_tensor(name) for name in names}
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 

@@ -26,7 +26,7 @@ from .trained import save_trained, weight_bytes
 from .trainer import SliceTrainer, check_weights
 from .verify import LIMIT, same_predictions, same_weights
 
-__all__ = ["train"]
+__all__ = ["this_command", "train"]
 
 
 def train(settings: TrainSettings, console: Console | None = None) -> dict[str, Any]:
@@ -145,16 +145,19 @@ def _how_to_go_on(settings: TrainSettings, folder: RunFolder) -> str:
     """The command that goes on with an interrupted run, or what else to do."""
     if not any(folder.checkpoints.glob("checkpoint-*")):
         return "It was interrupted before its first step, so nothing is kept: start it again."
-    words, resume = (
-        sys.argv[1:],
-        "--resume" if settings.output is not None else f"--resume {shlex.quote(str(folder.path))}",
-    )
-    if words[:1] != ["train"]:
+    resume = "--resume" if settings.output is not None else f"--resume {shlex.quote(str(folder.path))}"
+    same = this_command("train")
+    if same is None:
         return f"Go on with resume={str(folder.path)!r}."
     if "WORLD_SIZE" in os.environ:  # torchrun, or accelerate, has a command line of its own
         return f"Go on with the same command and {resume}."
-    again = any(word.startswith("--resume") for word in words)
-    return f"Go on with: {shlex.join(['slicefine', *words])}{'' if again else ' ' + resume}"
+    return f"Go on with: {same}{'' if ' --resume' in same else ' ' + resume}"
+
+
+def this_command(*verbs: str) -> str | None:
+    """The command line of this process, if it is one of slicefine's with one of these verbs."""
+    words = sys.argv[1:]
+    return shlex.join(["slicefine", *words]) if words[:1] and words[0] in verbs else None
 
 
 def _forgetting(session: Session) -> dict[str, Any]:
