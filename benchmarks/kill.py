@@ -31,7 +31,7 @@ from transformers.utils import logging
 from slicefine import SliceFineConfig
 from slicefine.files.writing import atomic_folder
 from slicefine.methods import find
-from slicefine.training.checkpoints import Record
+from slicefine.training.continuing import Record
 from slicefine.training.report import environment
 from slicefine.training.trainer import SliceTrainer
 

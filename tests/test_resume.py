@@ -20,7 +20,7 @@ from core_helpers import batches, mlp, step
 from peft_helpers import config, llama, same, weights
 from slicefine import SliceFineCallback, attach, movers_of
 from slicefine.errors import ConfigError
-from slicefine.training import checkpoints as checkpoints_module
+from slicefine.training import continuing as continuing_module
 from slicefine.training import methods as methods_module
 from slicefine.training import run as run_module
 from slicefine.training import session as session_module
@@ -191,8 +191,8 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatc
         original(folder, **kwargs)
 
     original: Callable[..., None] = shutil.rmtree
-    monkeypatch.setattr(checkpoints_module.shutil, "rmtree", looks)
-    checkpoints_module.remove_checkpoints(tmp_path, {"checkpoint-2"}, newest=1)
+    monkeypatch.setattr(continuing_module.shutil, "rmtree", looks)
+    continuing_module.remove_checkpoints(tmp_path, {"checkpoint-2"}, newest=1)
     assert seen[-1] == ["checkpoint-2", "checkpoint-6"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
 

@@ -15,7 +15,7 @@ from ..files.writing import atomic_folder
 from ..geometry import Slice
 from ..mover import movers_of
 from ..tasks.base import Loaded, Prepared, Task
-from .checkpoints import Record
+from .continuing import Record
 from .forecast import planned_slices
 from .methods import make_trainable, measured_positions
 from .plan import moves_of

@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..tasks import Loaded, Prepared, Task, get_task
 from ..tasks.general import General, general_of
 from ..tasks.sources import load_splits
-from .checkpoints import Patience, Record, SaveEvery
+from .continuing import Patience, Record, SaveEvery
 from .methods import make_trainable, new_parameters, planned_steps, to_device
 from .screen import Screen
 from .settings import TrainSettings

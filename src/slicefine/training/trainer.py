@@ -14,7 +14,7 @@ from ..errors import ConfigError, NumericalError
 from ..files.writing import atomic_folder
 from ..methods import Method, options_of
 from ..peft.callback import SliceFineCallback
-from .checkpoints import Continued, Patience, Record, remove_checkpoints
+from .continuing import Continued, Patience, Record, remove_checkpoints
 
 __all__ = ["SliceTrainer", "check_weights"]
 
