@@ -150,6 +150,8 @@ class Journal:
         for block, values in self._trained.items():
             self._originals[block] = read_block(weight, block).cpu()
             write_block(weight, block, values)
+        if self._before and self._originals:  # a visit without steps has them from the file, in the master's precision
+            self._before[-1] = self._before[-1].to(self._originals[self.active].dtype)
         self._trained.clear()
         self.applied = True
 

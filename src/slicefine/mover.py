@@ -187,12 +187,18 @@ class Mover:
         states = {name: layer.states[self.name] for name, layer in self._own().items()}
         return {name: s.journal.active for name, s in states.items() if s.journal.visits and not s.idle}
 
-    def begin_run(self, total_steps: int | None, done: int = 0) -> None:
+    def begin_run(self, total_steps: int | None, done: int = 0, start: int | None = None) -> None:
         """Tell the run's length, and how many of its optimizer steps were done before (when resuming).
 
         Warns when the run would never move, or would come back to slices that it trained before.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+            done: how many of them were made before this process.
+            start: `step` when the run began, if it is known; steps that ``GradScaler`` skipped are in ``done`` and
+                not in `step`, and a resumed run must count as the uninterrupted one does.
         """
-        self.run_start = self.step - done
+        self.run_start = self.step - done if start is None else start
         if total_steps is not None and total_steps <= 0:
             total_steps = None
         self.plan = self.settings.plan(total_steps)

@@ -247,6 +247,7 @@ class TrainingSettings:
         evaluate_before: measure the metric before training as well.
         load_best: end with the best checkpoint instead of the last one.
         early_stopping: stop after this many evaluations without a better metric.
+        save_steps: optimizer steps between checkpoints, beside those at evaluations; None writes these only.
         save_limit: checkpoints to keep, beside the best one.
         group_by_length: batch texts of similar length, which saves padding.
         logging_steps: optimizer steps between entries of the loss curve.
@@ -275,6 +276,7 @@ class TrainingSettings:
     evaluate_before: bool = True
     load_best: bool = True
     early_stopping: int | None = None
+    save_steps: int | None = None
     save_limit: int = 1
     group_by_length: bool = True
     logging_steps: int = 10
@@ -285,7 +287,7 @@ class TrainingSettings:
         for name in ("batch_size", "gradient_accumulation", "logging_steps", "save_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)!r} must be at least 1.")
-        for name in ("max_steps", "eval_batch_size", "early_stopping", "evaluate_steps"):
+        for name in ("max_steps", "eval_batch_size", "early_stopping", "evaluate_steps", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"training.{name}={value!r} must be at least 1; leave it out for the default.")
