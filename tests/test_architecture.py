@@ -18,6 +18,7 @@ SOURCE = Path(slicefine.__file__).parent
 # a module may import those before it
 LADDER = [
     "errors",
+    "fingerprint",
     "geometry",
     "initial",
     "packed",
@@ -34,13 +35,16 @@ LADDER = [
     "held",
     "adapters",
     "layer",
+    "guards",
     "since",
     "coupling",
+    "optimizers",
     "mover",
     "tuner",
     "energy",
 ]
 ALLOWED = {name: set(LADDER[:i]) for i, name in enumerate(LADDER)}
+ALLOWED["fingerprint"] = set()
 ALLOWED["geometry"] = {"errors"}
 ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
@@ -52,6 +56,7 @@ ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no sc
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["coupling"] = {"errors", "geometry", "schedule", "weights", "window"}
+ALLOWED["optimizers"] = {"sharded"}
 ALLOWED["sharded"] = {"errors", "geometry"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}
