@@ -129,6 +129,9 @@ class Journal:
         self._before.pop()
         if last.slice not in self.slices():
             self._originals.pop(last.slice)
+        now = self.visits[-1]
+        if self._before and now.last_step < now.first_step:  # it may get steps, and a file has nothing of it
+            self._before[-1] = read_block(weight, now.slice).cpu()
 
     def check_restart(self) -> None:
         """Raise `UnsupportedError` unless the current visit can begin again; see `restart`."""
