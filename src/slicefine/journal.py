@@ -130,7 +130,8 @@ class Journal:
         if last.slice not in self.slices():
             self._originals.pop(last.slice)
         now = self.visits[-1]
-        if self._before and now.last_step < now.first_step:  # it may get steps, and a file has nothing of it
+        fresh = now.last_step < now.first_step
+        if fresh and self._before and self._before[-1].dim() == 1:  # it may get steps, and a file has nothing of it
             self._before[-1] = read_block(weight, now.slice).cpu()
 
     def check_restart(self) -> None:

@@ -308,9 +308,12 @@ class Mover:
                 f"{type(optimizer).__name__} steps inside the backward pass, where the input gradient still needs the "
                 "old weights. Step once after backward: do not use optimizer-in-backward with SliceFine."
             )
+        first = optimizer not in self._owners or all(not _steps(entry.state) for entry in owned)
         new_round = self._sets_pace(optimizer, owned)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
+            for entry in owned if first else ():  # the fused SGD then leaves a momentum of unwritten memory
+                reset_optimizer_state(optimizer, entry.parameter)
             return
         if self._drops or creates_state(optimizer, [entry.parameter for entry in owned]):
             self._drops = False
@@ -374,8 +377,7 @@ class Mover:
         if self.settings.state_policy != "rewarm":
             return
         state = entry.state
-        visit = state.journal.visits[-1]
-        done = visit.last_step - visit.first_step + 2  # this step included
+        done = _steps(state) + 1  # this step included
         if len(state.journal.visits) > 1 and done < self.settings.rewarm_steps:
             before = state.previous if state.previous is not None else entry.layer.weight_block(self.name)
             values.copy_(torch.lerp(before, values, done / self.settings.rewarm_steps))
@@ -545,6 +547,12 @@ class Mover:
             for visit in layer.states[self.name].journal.visits[1:]
         ]
         return sum(first <= self.run_start + 1 for first in starts)
+
+
+def _steps(state: AdapterState) -> int:
+    """Optimizer steps of the current visit."""
+    visit = state.journal.visits[-1]
+    return visit.last_step - visit.first_step + 1
 
 
 def check_progress(progress: Any, where: str) -> list[dict[str, float]]:
