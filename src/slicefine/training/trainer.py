@@ -64,6 +64,7 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         # reading a loss waits for a GPU, so there it is read when the loss is logged; a move checks the slices anyway
         self.check_every = 1 if self.args.device.type == "cpu" else max(1, int(self.args.logging_steps))
         self._bad: Any = None
+        self._skips = any(m.settings.on_nonfinite == "skip" for m in movers_of(cast(nn.Module, self.model)))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', then the head's parameters go into groups with their own rate."""
@@ -110,7 +111,7 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         bad = ~torch.isfinite(loss)
         self._bad = bad if self._bad is None else self._bad | bad
         step = self.state.global_step + 1
-        if step % self.check_every == 0 and bool(self._bad):
+        if not self._skips and step % self.check_every == 0 and bool(self._bad):
             found = f"step {step}: the loss is {float(loss)}"
             if self.check_every > 1:
                 found = f"steps {step - self.check_every + 1} to {step}: a loss is not finite"
