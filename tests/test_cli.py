@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -12,7 +14,7 @@ import yaml
 
 from cli_helpers import ROOT, SHARED, save_bert, save_reviews
 from slicefine.cli import main
-from slicefine.cli.main import normalise
+from slicefine.cli.main import VERBS, normalise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by PEFT
@@ -58,10 +60,81 @@ def test_print_config_shows_every_setting(capsys: pytest.CaptureFixture[str]):
     assert shown["model"]["path"] == "minilm"
 
 
-def test_help_explains_settings(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    assert "rows or columns that are trained at a time" in " ".join(capsys.readouterr().out.split())
+def shown_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_all_explains_every_setting(capsys: pytest.CaptureFixture[str]):
+    shown = " ".join(shown_help(["train", "--help-all"], capsys).split())
+    assert "rows or columns that are trained at a time" in shown
+    assert "--training.max_grad_norm" in shown
+
+
+@pytest.mark.parametrize("words", [[], *([verb] for verb in VERBS), ["analyze", "winners"]], ids=" ".join)
+def test_help_fits_a_screen_and_shows_an_example(words: list[str], capsys: pytest.CaptureFixture[str]):
+    shown = shown_help([*words, "--help"], capsys)
+    assert len(shown.splitlines()) <= 56
+    assert "examples:\n  slicefine" in shown
+    assert "[options]" not in shown
+
+
+def test_the_list_of_commands_is_that_of_the_files():
+    files = {file.stem for file in Path(sys.modules["slicefine.cli"].__path__[0]).glob("[a-z]*.py")}
+    assert files - {"main", "parsing"} == set(VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["trian"], "invalid choice: 'trian'. Did you mean train?"),
+        (["train", "--data.paht", "x"], "--data.paht x. Did you mean --data.path?"),
+        (["train", "--learning-rate=1"], "Did you mean --training.learning_rate?"),
+    ],
+)
+def test_a_word_that_does_not_exist_names_the_nearest(words: list[str], meant: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert meant in shown
+    assert len(shown.splitlines()) == 2
+
+
+def test_json_is_all_there_is_and_quiet_prints_nothing(
+    files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", *files, run))
+    assert main(["train", "--config", recipe, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((run / "metrics.json").read_text())
+    adapter = str(run / "adapter")
+    for words, key in ((["info", adapter], "layers"), (["eval", "--adapter", adapter], "accuracy")):
+        assert main([*words, "--json"]) == 0
+        assert key in json.loads(capsys.readouterr().out)
+        assert main([*words, "--quiet"]) == 0
+        assert capsys.readouterr().out == ""
+    assert main(["verify", "--json", adapter]) == 0
+    assert [part["error"] for part in json.loads(capsys.readouterr().out)] == [None]
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["verify", adapter, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)[0]["error"]
+
+
+def test_our_warnings_are_one_line(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = write_recipe(tmp_path / "recipe.yaml", *files, tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["train", "--config", str(recipe), "--slice.minimum_steps", "50"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "will not move" in line]
+    assert lines == [
+        "slicefine: warning: the slice will not move in this run of 8 steps (a position gets at least 50). "
+        "Train longer, or lower interval= or minimum_steps=, if it should."
+    ]
 
 
 def test_flags_stand_alone_and_may_have_dashes():

@@ -319,3 +319,17 @@ def test_the_layer_s_repr_names_the_method():
     model = get_peft_model(llama(), config())
     assert repr(next(layers(model))[1]).startswith("slicefine.SliceFineLinear(")
     assert isinstance(next(layers(model))[1], SliceFineLinear)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lora_alpha", "a slice is trained in place: nothing is added that would need it"),
+        ("bias", "biases stay as they are"),
+        ("rank", "did you mean r\\?"),
+        ("target_module", "did you mean target_modules\\?"),
+    ],
+)
+def test_settings_of_another_method_say_what_there_is_instead(name: str, hint: str):
+    with pytest.raises(ConfigError, match=f"unexpected keyword argument '{name}': {hint}"):
+        SliceFineConfig(**{name: 1})

@@ -192,7 +192,9 @@ def test_a_dropout_that_is_no_rate_is_refused(rate: float):
 
 def test_a_missing_column_names_split_setting_and_columns():
     with pytest.raises(
-        DataError, match=r"train set: column 'text' \(data.columns.text\) is missing; the columns are a, b"
+        DataError,
+        match=r"train set: column 'text' \(data.columns.text\), column 'label' .* are missing; "
+        r"the columns are a, b\. .*--data.columns '{text: COLUMN, label: COLUMN}'",
     ):
         make("text-classification").read(splits_of([{"a": "x", "b": 1}]))
 

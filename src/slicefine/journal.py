@@ -109,6 +109,8 @@ class Journal:
         """Raise `UnsupportedError` unless the last ``moves`` visits can be taken back; see `undo`."""
         if not self.applied:
             raise UnsupportedError("undo: the slices are not in the weight now; activate the adapter first.")
+        if len(self.visits) == 1:
+            raise UnsupportedError("undo: no slice has moved yet, and the first visit has nothing before it.")
         if moves > min(len(self.visits) - 1, len(self._before)):
             raise UnsupportedError(
                 f"undo: the history holds the values from before the last {len(self._before)} of {len(self.visits)} "

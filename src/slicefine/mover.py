@@ -494,9 +494,8 @@ class Mover:
         fixed = self.settings.window is None and all(state.schedule.positions == "fixed" for _, state in self._pairs())
         if due == 0 and not fixed and self.settings.moves != 0:
             warnings.warn(
-                f"SliceFine: the slice will not move in this run of {total} steps (interval {plan.interval}, at least "
-                f"{self.settings.minimum_steps} steps per position). Train longer, or lower interval= or "
-                "minimum_steps=, if it should.",
+                f"SliceFine: the slice will not move in this run of {total} steps ({_pace(plan, self.settings)}). "
+                "Train longer, or lower interval= or minimum_steps=, if it should.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -560,6 +559,12 @@ def _steps(state: AdapterState) -> int:
     """Optimizer steps of the current visit."""
     visit = state.journal.visits[-1]
     return visit.last_step - visit.first_step + 1
+
+
+def _pace(plan: Moves, settings: MoveSettings) -> str:
+    if plan.interval is not None:
+        return f"it moves every {plan.interval}"
+    return f"a position gets at least {settings.minimum_steps}"
 
 
 def check_progress(progress: Any, where: str) -> list[dict[str, float]]:

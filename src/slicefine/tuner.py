@@ -287,6 +287,8 @@ def attach(
     visits = share_visits(mode, share, settings)
     schedule = Schedule(mode, row, column, positions, mask_fraction, seed, reserve or {}, share, visits, start_values)
     target_parameters = [target_parameters] if isinstance(target_parameters, str) else target_parameters
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"attach: expected a torch.nn.Module, got {type(model).__name__}; load the model first.")
     if any(isinstance(module, SliceLayer) for module in model.modules()):
         raise ConfigError("attach: the model has slices already; unload them first.")
     if additive and mode == "random_mask":

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..durable import replacing, write_file
+from ..units import size
 from .measure import ShapeResult
 from .settings import BenchSettings
 
@@ -40,7 +41,7 @@ def print_result(result: ShapeResult, settings: BenchSettings, console: Console)
     for row in result.rows:
         cells = [row.method, f"{row.ratio:.3f}", f"{row.low:.3f}-{row.high:.3f}", f"{row.forward:.3f}"]
         cells += [f"{row.backward:.3f}", f"{row.per_second:,.0f}", f"{row.saved / 2**20:,.1f}", f"{row.trainable:,}"]
-        cells += [_size(row.file)]
+        cells += [size(row.file)]
         if peak:
             cells.append("" if row.peak is None else f"{row.peak / 2**20:,.0f}")
         table.add_row(*cells)
@@ -77,7 +78,7 @@ def _figure4(result: ShapeResult) -> Table:
         whole = None if row.peak is None else row.weights + row.added + row.state + row.peak
         peak = "" if whole is None else f"{whole / 2**20:,.0f}"
         cells = [f"{steps * row.step:,.1f}", f"{1 / row.step:.3g}", peak, f"{row.weights / 2**20:,.1f}"]
-        table.add_row(row.method, *cells, f"{row.added / 2**20:,.2f}", _size(row.file))
+        table.add_row(row.method, *cells, f"{row.added / 2**20:,.2f}", size(row.file))
     return table
 
 
@@ -125,7 +126,3 @@ def draw(path: Path, results: list[ShapeResult]) -> None:
         kept.set(xlabel="activations kept for backward (MiB)", yticklabels=[])
     with replacing(path) as part:
         figure.savefig(part, dpi=120)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"

@@ -6,9 +6,7 @@ import importlib
 from dataclasses import asdict
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from .parsing import instantiate
+from .parsing import VerbParser, add_outputs, instantiate
 
 __all__ = ["STUDIES", "add_studies", "parser", "run"]
 
@@ -23,19 +21,25 @@ STUDIES: dict[str, str] = {
 }
 
 
-def parser() -> ArgumentParser:
+_COMMON = ("config", "output", "json", "model.path", "task.name", "data.path", "data.columns.text", "data.limit_train")
+
+
+def parser() -> VerbParser:
     """Options of `slicefine analyze`; its studies come with `add_studies`."""
-    return ArgumentParser(description="Measure the theory on a model and its data; JSON and pictures beside it.")
+    about = "Measure the theory on a model and its data; JSON and pictures beside it."
+    return VerbParser(about=about, examples=("slicefine analyze spectra", "slicefine analyze winners --help"))
 
 
-def add_studies(result: ArgumentParser) -> None:
+def add_studies(result: VerbParser) -> None:
     """Add one subcommand per study, once the parser is a subcommand itself: the upper level must come first."""
     commands = result.add_subcommands(dest="study")
     for name, module in STUDIES.items():
-        commands.add_subcommand(name, _parser(name), help=(_module(module).__doc__ or "").splitlines()[0])
+        own = _parser(name)
+        add_outputs(own)
+        commands.add_subcommand(name, own, help=(_module(module).__doc__ or "").splitlines()[0])
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Run one study, print its table, and write its files."""
     name = chosen["study"]
     module = _module(STUDIES[name])
@@ -44,14 +48,16 @@ def run(chosen: Any) -> int:
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
-    publish(module.study(settings), settings.output, settings=asdict(settings))
-    return 0
+    result = module.study(settings)
+    publish(result, settings.output, settings=asdict(settings))
+    return {"title": result.title, "numbers": result.numbers, "notes": list(result.notes)}
 
 
-def _parser(name: str) -> ArgumentParser:
+def _parser(name: str) -> VerbParser:
     module = _module(STUDIES[name])
     about = (module.__doc__ or "").splitlines()[0]
-    result = ArgumentParser(usage=f"slicefine analyze {name} [--SETTING VALUE ...]", description=about)
+    examples = (f"slicefine analyze {name} --config recipes/studies/mrpc.yaml --output analysis",)
+    result = VerbParser(f"slicefine analyze {name} [--SETTING VALUE ...]", about, examples, _COMMON)
     result.add_argument("--config", action="config", help="Settings in YAML; flags after it override it.")
     result.add_class_arguments(module.Settings)
     return result

@@ -5,28 +5,30 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from ..bench.settings import BenchSettings
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["parser", "run"]
 
+_EXAMPLES = (
+    "slicefine bench --models roberta --layers 2 --rounds 5",
+    "slicefine bench --suite peft --models llama --output results/bench",
+)
 
-def parser() -> ArgumentParser:
+
+def parser() -> VerbParser:
     """Options of `slicefine bench`."""
     usage = "slicefine bench [--suite core] [--models roberta,llama] [--SETTING VALUE ...]"
-    result = ArgumentParser(usage=usage, description="Measure step time, memory, files and moves, interleaved.")
+    result = VerbParser(usage, "Measure step time, memory, files and moves, interleaved.", _EXAMPLES)
     result.add_class_arguments(BenchSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Measure, print, and write what was asked for."""
     settings = BenchSettings(**instantiate(parser(), chosen))
     from ..bench.run import run_bench
     from ..training.screen import quiet_libraries
 
     quiet_libraries()
-    run_bench(settings, "slicefine bench " + " ".join(sys.argv[2:]))
-    return 0
+    return [result.to_dict() for result in run_bench(settings, "slicefine bench " + " ".join(sys.argv[2:]))]

@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from ..errors import ConfigError
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["ComposeSettings", "parser", "run"]
 
 _SHOWN = 8  # layers
+
+_EXAMPLES = ("slicefine compose runs/a/adapter runs/b/adapter --output both",)
 
 
 @dataclass
@@ -44,10 +44,10 @@ class ComposeSettings:
             raise ConfigError(f"head={self.head!r} is none of the adapters, {', '.join(self.adapters)}.")
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine compose`."""
     usage = "slicefine compose DIR DIR ... [--output DIR] [--policy sum] [--SETTING VALUE ...]"
-    result = ArgumentParser(usage=usage, description="Put adapters together that were trained on one base model.")
+    result = VerbParser(usage, "Put adapters together that were trained on one base model.", _EXAMPLES)
     result.add_argument("adapters", type=str, nargs="+", help="Folders of SliceFine adapters of one base model.")
     result.add_class_arguments(ComposeSettings, skip={"adapters"})
     return result
@@ -69,7 +69,7 @@ def _ranges(lines: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found) or "none"
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Report where the adapters meet, and write the composed one."""
     from ..files.adapter import read_adapter, write_adapter
     from ..files.compose import compose, overlaps
@@ -93,8 +93,9 @@ def run(chosen: Any) -> int:
             print(f"  ... and {len(pair) - _SHOWN} more layers")
     if not found:
         print("the adapters touch no common entry")
+    met = [{"first": o.first, "second": o.second, "layer": o.layer, "crossings": o.crossings} for o in found]
     if settings.output is None:
-        return 0
+        return {"meet": met, "output": None}
     head = None if settings.head is None else settings.adapters.index(settings.head)
     with open_base(adapters[0], settings.model) as base:
         sources = [base.folder, *(adapter.folder for adapter in adapters)]
@@ -102,4 +103,4 @@ def run(chosen: Any) -> int:
         composed = compose(adapters, base, settings.policy, settings.weights, head)
         write_adapter(composed, target, beside=adapters[head or 0].folder)
     print(f"written to {target}")
-    return 0
+    return {"meet": met, "output": str(target)}

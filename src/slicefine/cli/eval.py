@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["EvalData", "EvalSettings", "parser", "run"]
+
+_EXAMPLES = (
+    "slicefine eval --adapter runs/mrpc/adapter --data.split test",
+    "slicefine eval --adapter runs/mrpc/adapter --data.path new.csv --data.split test --json",
+)
 
 
 @dataclass
@@ -56,16 +59,16 @@ class EvalSettings:
     harness: list[str] = field(default_factory=list)
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine eval`."""
     usage = "slicefine eval --adapter DIR [--data.split SPLIT] [--SETTING VALUE ...]"
-    result = ArgumentParser(usage=usage, description="Measure a trained adapter on a split.")
+    result = VerbParser(usage, "Measure a trained adapter on a split.", _EXAMPLES)
     result.add_argument("--config", action="config", help="Settings in YAML; flags after it override it.")
     result.add_class_arguments(EvalSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Evaluate and print a table."""
     settings = EvalSettings(**instantiate(parser(), chosen))
     from ..training.evaluate import evaluate
@@ -75,7 +78,7 @@ def run(chosen: Any) -> int:
     data = settings.data
     if settings.questions or settings.harness:
         return _in_words(settings)
-    evaluate(
+    return evaluate(
         settings.adapter,
         split=data.split,
         path=data.path,
@@ -87,10 +90,9 @@ def run(chosen: Any) -> int:
         output=settings.output,
         trust_remote_code=settings.trust_remote_code,
     )
-    return 0
 
 
-def _in_words(settings: EvalSettings) -> int:
+def _in_words(settings: EvalSettings) -> dict[str, float]:
     """What a language model says: answers to questions, and tasks of the harness."""
     from ..training.evaluate import check_output, publish_metrics
     from ..training.language import answer_questions, evaluate_harness
@@ -107,4 +109,4 @@ def _in_words(settings: EvalSettings) -> int:
         for task, metrics in measured.items():
             found |= {f"{task} {name}": value for name, value in metrics.items() if isinstance(value, float)}
     publish_metrics(found, "answers in words", {"adapter": adapter}, settings.output)
-    return 0
+    return found

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from ..errors import ConfigError
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["ExportSettings", "parser", "run"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
+
+_EXAMPLES = (
+    "slicefine export --adapter runs/mrpc/adapter --output runs/mrpc/lora",
+    "slicefine export --adapter runs/chat/adapter --output served --to vllm --rank 32 --dtype bfloat16",
+)
 
 
 @dataclass
@@ -45,15 +48,15 @@ class ExportSettings:
             raise ConfigError(f"dtype={self.dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine export`."""
     usage = "slicefine export --adapter DIR --output DIR [--to lora|vllm|llama.cpp] [--SETTING VALUE ...]"
-    result = ArgumentParser(usage=usage, description="Write slices as a LoRA adapter that needs no slicefine.")
+    result = VerbParser(usage, "Write slices as a LoRA adapter that needs no slicefine.", _EXAMPLES)
     result.add_class_arguments(ExportSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Export and say what was written."""
     import torch
 
@@ -62,6 +65,7 @@ def run(chosen: Any) -> int:
     from ..files.writing import check_target
     from ..training.bases import open_base
     from ..training.screen import quiet_libraries
+    from ..units import size
 
     quiet_libraries()
     settings = ExportSettings(**instantiate(parser(), chosen))
@@ -76,5 +80,5 @@ def run(chosen: Any) -> int:
     if made.kept:
         least = min(made.kept, key=lambda layer: made.kept[layer])
         print(f"energy of the change that the smaller rank keeps: at least {made.kept[least]:.1%} ({least})")
-    print(f"written to {Path(made.folder)} ({made.file_bytes / 2**20:,.2f} MiB)")
-    return 0
+    print(f"written to {Path(made.folder)} ({size(made.file_bytes)})")
+    return {"output": str(made.folder), "ranks": made.ranks, "kept": made.kept, "file_bytes": made.file_bytes}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["InfoSettings", "parser", "run"]
+
+_EXAMPLES = (
+    "slicefine info runs/mrpc/adapter",
+    "slicefine info runs/mrpc/adapter --layers --distance --picture mrpc.png",
+)
 
 
 @dataclass
@@ -29,16 +32,16 @@ class InfoSettings:
     model: str | None = None
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine info`."""
     usage = "slicefine info DIR [--layers] [--distance] [--picture FILE.png]"
-    result = ArgumentParser(usage=usage, description="Show what an adapter holds, and how far its slices went.")
+    result = VerbParser(usage, "Show what an adapter holds, and how far its slices went.", _EXAMPLES)
     result.add_argument("adapter", type=str, help="Adapter folder (adapter_config.json, adapter_model.safetensors).")
     result.add_class_arguments(InfoSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Print the tables, and draw the picture."""
     from ..training.contents import print_contents, print_layers, read_contents
 
@@ -46,9 +49,11 @@ def run(chosen: Any) -> int:
     folder = plain.pop("adapter")
     settings = InfoSettings(**plain)
     contents = read_contents(folder)
+    facts = {"folder": str(contents.folder), "config": contents.config, "layers": contents.layers}
+    facts |= {"others": contents.others, "file_bytes": contents.file_bytes}
     print_contents(contents)
     if not (settings.layers or settings.picture or settings.distance):
-        return 0
+        return facts
     from ..files.adapter import read_adapter
 
     adapter = read_adapter(folder)
@@ -66,7 +71,11 @@ def run(chosen: Any) -> int:
 
         _draw(settings.picture, lambda path: draw_layers(path, adapter, found))
         print(f"picture written to {settings.picture}")
-    return 0
+    if found is not None:
+        facts["distance"] = {
+            layer: [{"slice": block, "distance": item} for block, item in own.items()] for layer, own in found.items()
+        }
+    return facts
 
 
 def _draw(name: str, draw: Any) -> None:

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import SliceFineError
 
-__all__ = ["main"]
+__all__ = ["VERBS", "main", "normalise"]
 
 _FLAGS = (
-    *("dry_run", "quiet", "overwrite", "resume", "verify"),
+    *("dry_run", "json", "quiet", "overwrite", "verify", "search_only", "per_layer"),
     *("layers", "distance", "keep", "markdown"),
     *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory", "private"),
     *("model.trust_remote_code", "trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
+_OURS = "SliceFine: "
+_TRUTHS = ("true", "false", "yes", "no", "null", "none")
+_EXAMPLES = (
+    "slicefine train                  # the embedded default: MiniLM on docstrings, offline",
+    "slicefine train --data.path reviews.csv --data.columns '{text: review, label: stars}'",
+    "slicefine COMMAND --help         # a command's settings, with examples",
+)
+VERBS = {
+    "train": "fine-tune a model",
+    "eval": "measure a trained adapter on a split",
+    "merge": "write the base with an adapter's values as a plain checkpoint",
+    "export": "write slices as a LoRA adapter, for PEFT, vLLM or llama.cpp",
+    "compose": "put several adapters of one base together",
+    "undo": "take moves out of an adapter",
+    "push": "publish an adapter on the Hugging Face hub",
+    "info": "show what an adapter holds",
+    "verify": "check that adapters, checkpoints and runs are whole",
+    "report": "show runs on one HTML page",
+    "plan": "say what each mode and rank would cost",
+    "analyze": "measure the theory on a model and its data",
+    "sweep": "run a grid of training runs, resumable",
+    "reproduce": "make a table of the paper, resumable",
+    "methods": "list the fine-tuning methods",
+    "bench": "measure what methods cost on this machine",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None takes those of the process.
     """
+    shown, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except SliceFineError as error:
@@ -38,53 +67,48 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"slicefine: interrupted. {' '.join(notes)}".rstrip(), file=sys.stderr)
         return int(getattr(stop, "code", 130))
+    finally:
+        warnings.showwarning = shown
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    """Ours in one line, without the line of code that gave it."""
+    text = str(message)
+    if not text.startswith(_OURS) and f"{os.sep}slicefine{os.sep}" not in filename:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    print(f"slicefine: warning: {text.removeprefix(_OURS)}", file=file or sys.stderr)
 
 
 def _run(argv: Sequence[str]) -> int:
-    from jsonargparse import ArgumentParser
-
+    words = normalise(argv)
+    asked = next((word for word in words if not word.startswith("-")), "")
     from .. import __version__
-    from . import (
-        analyze,
-        bench,
-        compose,
-        eval,
-        export,
-        info,
-        merge,
-        methods,
-        plan,
-        push,
-        report,
-        reproduce,
-        sweep,
-        train,
-        undo,
-        verify,
-    )
-    from .parsing import parse
+    from .parsing import VerbParser, add_outputs, parse, run_verb
 
     about = "Fine-tune in place with small moving slices."
-    parser = ArgumentParser(prog="slicefine", description=about, version=__version__)
-    commands = parser.add_subcommands()
-    verbs: dict[str, Any] = {"train": train, "eval": eval, "merge": merge, "export": export, "compose": compose}
-    verbs |= {
-        "undo": undo,
-        "push": push,
-        "info": info,
-        "verify": verify,
-        "report": report,
-        "plan": plan,
-        "analyze": analyze,
-    }
-    verbs |= {"sweep": sweep, "reproduce": reproduce, "methods": methods, "bench": bench}
-    for name, verb in verbs.items():
-        own = commands.add_subcommand(name, verb.parser(), help=(verb.__doc__ or "").splitlines()[0])
-        if verb is analyze:
-            analyze.add_studies(own)
-    chosen = parse(parser, normalise(argv))
-    status: int = verbs[chosen.subcommand].run(chosen[chosen.subcommand])
-    return status
+    parser = VerbParser(None, about, _EXAMPLES, prog="slicefine", version=__version__)
+    commands = parser.add_subcommands(metavar="COMMAND", title="commands", description="")
+    verb: Any = None
+    for name, help_ in VERBS.items():
+        if name != asked:  # a command's own libraries are loaded for that command alone
+            commands.add_subcommand(name, VerbParser(), help=help_)
+            continue
+        verb = importlib.import_module(f".{name}", __package__)
+        own = commands.add_subcommand(name, verb.parser(), help=help_)
+        if hasattr(verb, "add_studies"):
+            verb.add_studies(own)
+        else:
+            add_outputs(own)
+    chosen = parse(parser, words)
+    options = chosen[chosen.subcommand]
+    return run_verb(verb.run, options, options[options.study] if "study" in options else options)
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
@@ -100,7 +124,8 @@ def normalise(argv: Sequence[str]) -> list[str]:
             name, equals, value = word[2:].partition("=")
             word = f"--{name.replace('-', '_')}{equals}{value}"
             follower = argv[number + 1] if number + 1 < len(argv) else "--"
-            if not equals and name.replace("-", "_") in _FLAGS and follower.startswith("--"):
+            alone = name.replace("-", "_") in _FLAGS and follower.lower() not in _TRUTHS
+            if not equals and (alone or (name == "resume" and follower.startswith("--"))):
                 word += "=true"
         result.append(word)
     return result

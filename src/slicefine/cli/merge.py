@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["MergeSettings", "parser", "run"]
+
+_EXAMPLES = ("slicefine merge --adapter runs/mrpc/adapter --output runs/mrpc/merged",)
 
 
 @dataclass
@@ -31,15 +31,15 @@ class MergeSettings:
     trust_remote_code: bool = False
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine merge`."""
     usage = "slicefine merge --adapter DIR --output DIR [--SETTING VALUE ...]"
-    result = ArgumentParser(usage=usage, description="Write base and adapter as one plain Hugging Face checkpoint.")
+    result = VerbParser(usage, "Write base and adapter as one plain Hugging Face checkpoint.", _EXAMPLES)
     result.add_class_arguments(MergeSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Merge and say where the checkpoint is."""
     from ..training.evaluate import merge
     from ..training.screen import quiet_libraries
@@ -48,4 +48,4 @@ def run(chosen: Any) -> int:
     settings = MergeSettings(**instantiate(parser(), chosen))
     folder = merge(settings.adapter, settings.output, settings.model, settings.overwrite, settings.trust_remote_code)
     print(f"written to {folder}")
-    return 0
+    return {"output": str(folder)}

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from .parsing import VerbParser
 
 __all__ = ["as_markdown", "parser", "run"]
 
 _HEADS = ("method.name", "title", "trained entries", "source", "differs from the original", "method.options")
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine methods`."""
-    result = ArgumentParser(usage="slicefine methods", description="List the methods that method.name may be.")
+    examples = ("slicefine methods", "slicefine train --method.name lora --method.options '{r: 16}'")
+    result = VerbParser("slicefine methods", "List the methods that method.name may be.", examples)
     result.add_argument("--markdown", type=bool, default=False, help="Print a Markdown table (docs/methods.md).")
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Print the registry."""
     if chosen.markdown:
         print(as_markdown(), end="")
-        return 0
+        return None
     from rich.console import Console
     from rich.table import Table
 
@@ -30,7 +31,7 @@ def run(chosen: Any) -> int:
     for row in _rows():
         table.add_row(*row[:4], row[5])
     Console(width=None if Console().is_terminal else 170).print(table)
-    return 0
+    return [dict(zip(_HEADS, row, strict=True)) for row in _rows()]
 
 
 def as_markdown() -> str:

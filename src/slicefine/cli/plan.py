@@ -5,14 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from ..errors import ConfigError
 from ..schedule import MODES
 from ..training.settings import TrainSettings
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["PlanSettings", "parser", "run"]
+
+_EXAMPLES = (
+    "slicefine plan --config recipes/mrpc.yaml --modes '[column,row]' --ranks '[5,12]' --memory 8",
+    "slicefine plan --config recipes/mrpc.yaml --rank auto",
+    "slicefine plan --model.path LOCAL_OR_HUB --gpus 8",
+)
+_COMMON = (
+    "config",
+    "json",
+    "modes",
+    "ranks",
+    "memory",
+    "rounds",
+    "rank",
+    "tau",
+    "per_layer",
+    "gpus",
+    "model.path",
+    "data.path",
+    "training.batch_size",
+    "task.max_length",
+)
 
 
 @dataclass
@@ -69,17 +89,17 @@ class PlanSettings(TrainSettings):
             raise ConfigError(f"calibration={self.calibration!r} must be at least 2 rows.")
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine plan`."""
     usage = "slicefine plan [--config RECIPE.yaml] [--modes [row,column]] [--ranks [5,12]] [--memory GIB] [--rank auto]"
     usage += " [--gpus N]"
-    result = ArgumentParser(usage=usage, description="Measure what each mode and rank would cost, before a run.")
+    result = VerbParser(usage, "Measure what each mode and rank would cost, before a run.", _EXAMPLES, _COMMON)
     result.add_argument("--config", action="config", help="Recipe in YAML, as for train; flags after it override it.")
     result.add_class_arguments(PlanSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Measure and print the table."""
     settings = PlanSettings(**instantiate(parser(), chosen))
     from ..training.compare import compare
@@ -89,12 +109,9 @@ def run(chosen: Any) -> int:
     if settings.gpus is not None:
         from ..training.gpus import plan_gpus
 
-        plan_gpus(settings, settings.gpus, settings.lora_rank)
-        return 0
+        return plan_gpus(settings, settings.gpus, settings.lora_rank)
     if settings.rank is not None:
         from ..training.rank import rank_plan
 
-        rank_plan(settings, settings.tau, settings.per_layer, settings.calibration, settings.rank_file)
-        return 0
-    compare(settings, settings.modes, settings.ranks, settings.memory, settings.batches, settings.rounds)
-    return 0
+        return rank_plan(settings, settings.tau, settings.per_layer, settings.calibration, settings.rank_file)
+    return compare(settings, settings.modes, settings.ranks, settings.memory, settings.batches, settings.rounds)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["PushSettings", "parser", "run"]
+
+_EXAMPLES = (
+    "slicefine push --adapter runs/mrpc/adapter --repository me/mrpc-slices --base them/model --license apache-2.0",
+)
 
 
 @dataclass
@@ -31,15 +33,15 @@ class PushSettings:
     private: bool = False
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine push`."""
     usage = "slicefine push --adapter DIR --repository USER/NAME [--base NAME] [--license ID] [--private]"
-    result = ArgumentParser(usage=usage, description="Publish an adapter on the Hugging Face hub, with a model card.")
+    result = VerbParser(usage, "Publish an adapter on the Hugging Face hub, with a model card.", _EXAMPLES)
     result.add_class_arguments(PushSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Publish it, and say where it is."""
     from ..files.hub import push
 
@@ -52,4 +54,4 @@ def run(chosen: Any) -> int:
         private=settings.private,
     )
     print(f"published: {url}")
-    return 0
+    return {"url": url}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["ReportSettings", "parser", "run"]
+
+_EXAMPLES = ("slicefine report runs/mrpc --output mrpc.html",)
 
 
 @dataclass
@@ -30,17 +30,17 @@ class ReportSettings:
     overwrite: bool = False
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine report`."""
     usage = "slicefine report RUN [RUN ...] [--output report.html] [--analysis DIR] [--model DIR] [--overwrite]"
-    result = ArgumentParser(usage=usage, description="Show what runs did on one page that needs no network.")
+    result = VerbParser(usage, "Show what runs did on one page that needs no network.", _EXAMPLES)
     about = "Output folders of train (or their adapter folders), or folders of analyze."
     result.add_argument("runs", type=str, nargs="+", help=about)
     result.add_class_arguments(ReportSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Read the runs, write the page, and say where it is."""
     plain = instantiate(parser(), chosen)
     folders = plain.pop("runs")
@@ -48,6 +48,7 @@ def run(chosen: Any) -> int:
     from ..reports.content import Study, read_runs, read_study
     from ..reports.page import make_page
     from ..reports.writing import check_file, write_page
+    from ..units import size
 
     target = check_file(settings.output, settings.overwrite)
     runs = read_runs(folders, settings.model)
@@ -56,7 +57,7 @@ def run(chosen: Any) -> int:
     both = Study([chart for s in studies for chart in s.charts], [note for s in studies for note in s.notes])
     content = make_page(runs, both)
     write_page(target, content)
-    figures, size = content.count("<figure>"), len(content.encode()) / 2**10
+    figures, length = content.count("<figure>"), len(content.encode())
     noun = "run" if len(runs) == 1 else "runs"
-    print(f"{len(runs)} {noun}, {figures} figures; written to {target} ({size:,.0f} KiB)")
-    return 0
+    print(f"{len(runs)} {noun}, {figures} figures; written to {target} ({size(length)})")
+    return {"output": str(target), "runs": len(runs), "figures": figures, "file_bytes": length}

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from .parsing import VerbParser
 
 __all__ = ["parser", "run"]
 
+_EXAMPLES = (
+    "slicefine reproduce table7 --dry-run",
+    "slicefine reproduce table7 --output results/table7 --workers 2",
+    """slicefine reproduce table7 --output results/table7 --only '{"task": ["rte"]}'""",
+)
 
-def parser() -> ArgumentParser:
+
+def parser() -> VerbParser:
     """Options of `slicefine reproduce`."""
     usage = "slicefine reproduce table7 --scale here|paper --output DIR [--workers N] [--dry_run]"
-    result = ArgumentParser(usage=usage, description="Make a table of the paper, ours beside the published numbers.")
+    result = VerbParser(usage, "Make a table of the paper, ours beside the published numbers.", _EXAMPLES)
     result.add_argument("table", type=str, help="Name of a recipe below recipes/paper, such as table7, or a file.")
     result.add_argument("--scale", type=str, default="here", help="here: small models and data; paper: the paper's.")
     result.add_argument("--output", type=str, default=None, help="Folder for results; it goes on with what is there.")
@@ -27,7 +33,7 @@ def parser() -> ArgumentParser:
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Make what is missing, and print the table."""
     from dataclasses import replace
 
@@ -47,5 +53,4 @@ def run(chosen: Any) -> int:
         search_only=chosen.search_only,
         dry_run=chosen.dry_run,
     )
-    reproduce(replace(table, settings=settings))
-    return 0
+    return reproduce(replace(table, settings=settings))

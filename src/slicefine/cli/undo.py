@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from ..errors import ConfigError
-from .parsing import instantiate
+from .parsing import VerbParser, instantiate
 
 __all__ = ["UndoSettings", "parser", "run"]
+
+_EXAMPLES = ("slicefine undo --adapter runs/mrpc/adapter --output runs/mrpc/earlier --moves 2",)
 
 
 @dataclass
@@ -36,16 +36,16 @@ class UndoSettings:
             raise ConfigError("undo: give moves (the last visits) or position (a single one), not both.")
 
 
-def parser() -> ArgumentParser:
+def parser() -> VerbParser:
     """Options of `slicefine undo`."""
     usage = "slicefine undo --adapter DIR --output DIR [--moves N | --position N] [--SETTING VALUE ...]"
     about = "Take the last moves, or one position, out of an adapter; the base model is not needed."
-    result = ArgumentParser(usage=usage, description=about)
+    result = VerbParser(usage, about, _EXAMPLES)
     result.add_class_arguments(UndoSettings)
     return result
 
 
-def run(chosen: Any) -> int:
+def run(chosen: Any) -> Any:
     """Write the adapter without them, and say what is left."""
     from ..files.adapter import read_adapter, write_adapter
     from ..files.undo import drop, undo
@@ -63,4 +63,4 @@ def run(chosen: Any) -> int:
     print(f"written to {target}: {visits} {'position' if visits == 1 else 'positions'} left")
     if adapter.others:
         print(f"{len(adapter.others)} other tensors (a head) are as they were at the end of training")
-    return 0
+    return {"output": str(target), "positions": visits}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,34 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 """
+
+_IN_PLACE = "a slice is trained in place: nothing is added that would need it. Leave it out."
+_WITHOUT = {
+    "lora_alpha": _IN_PLACE,
+    "lora_dropout": _IN_PLACE,
+    "init_lora_weights": "a slice starts from the pretrained values. Leave it out, or see start_values.",
+    "use_rslora": _IN_PLACE,
+    "use_dora": _IN_PLACE,
+    "alpha_pattern": _IN_PLACE,
+    "fan_in_fan_out": "how a layer stores its weight is seen by itself. Leave it out.",
+    "bias": "biases stay as they are. Leave it out, or name modules in modules_to_save.",
+}
+
+
+class _UnknownSettingError(ConfigError, TypeError):  # PEFT looks for a TypeError with these words
+    pass
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    meant = (
+        "did you mean r?"
+        if name in ("rank", "lora_r")
+        else f"did you mean {near[0]}?"
+        if near
+        else "see its docstring."
+    )
+    return f"SliceFineConfig got an unexpected keyword argument {name!r}: {_WITHOUT.get(name, meant)}"
 
 
 @dataclass
@@ -152,6 +181,14 @@ class SliceFineConfig(PeftConfig):
         metadata={"help": "Of a file's tensors: saving writes, reading checks them. Do not set."},
     )
     format_version: int = field(default=ADAPTER_VERSION, metadata={"help": "Of the adapter file. Do not set."})
+
+    def __new__(cls, *_: Any, **settings: Any) -> SliceFineConfig:
+        """Refuse settings that are another method's, and say what there is instead."""
+        known = {item.name for item in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise _UnknownSettingError(_hint(name, sorted(known)))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ..units import size
 from .content import Run
 
 __all__ = ["UNKNOWN", "comparison", "facts", "headlines", "measured", "settings_text", "split_value"]
@@ -196,6 +197,4 @@ def _seconds(value: Any, digits: int) -> str:
 def _bytes(value: Any) -> str:
     if not isinstance(value, (int, float)):
         return UNKNOWN
-    if value < 2**20:
-        return f"{value / 2**10:,.1f} KiB"
-    return f"{value / 2**20:,.{0 if value >= 100 * 2**20 else 2}f} MiB"
+    return size(value)

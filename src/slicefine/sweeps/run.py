@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, DataError
+from ..units import duration
 from .settings import (
     Cell,
     Run,
@@ -191,7 +192,7 @@ class _Pool:
             spent = time.monotonic() - began
             shown = f"failed: {outcome['error']}" if "error" in outcome else f"{outcome['score']:.4f}"
             left = spent / done * (len(lacking) - done)
-            line = f"{done}/{len(lacking)}  {run.key}  {shown}  ({spent:.0f} s, about {left:.0f} s left)"
+            line = f"{done}/{len(lacking)}  {run.key}  {shown}  ({duration(spent)}, about {duration(left)} left)"
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _outcomes(self, runs: Iterator[Run]) -> Iterator[tuple[Run, Outcome]]:

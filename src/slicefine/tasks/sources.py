@@ -59,12 +59,14 @@ def require_columns(splits: dict[str, Any], wanted: dict[str, str]) -> None:
         DataError: naming the split, the column, the setting, and what columns there are.
     """
     for split, dataset in splits.items():
-        for setting, column in wanted.items():
-            if column not in dataset.column_names:
-                raise DataError(
-                    f"{split} set: column {column!r} (data.columns.{setting}) is missing; the columns are "
-                    f"{', '.join(dataset.column_names)}. Set data.columns.{setting} to one of them."
-                )
+        missing = {setting: column for setting, column in wanted.items() if column not in dataset.column_names}
+        if missing:
+            named = ", ".join(f"column {column!r} (data.columns.{setting})" for setting, column in missing.items())
+            one = "{" + ", ".join(f"{setting}: COLUMN" for setting in missing) + "}"
+            raise DataError(
+                f"{split} set: {named} {'is' if len(missing) == 1 else 'are'} missing; the columns are "
+                f"{', '.join(dataset.column_names)}. Name those to take: --data.columns '{one}'."
+            )
 
 
 def _is_local(path: str) -> bool:

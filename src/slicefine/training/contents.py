@@ -17,6 +17,7 @@ from ..files.distance import Distance
 from ..geometry import Slice, line_count
 from ..journal import Visit, read_table
 from ..mover import check_progress
+from ..units import size
 from .counts import layer_kind
 
 __all__ = ["Contents", "LayerContents", "print_contents", "print_layers", "read_contents"]
@@ -128,7 +129,7 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
         facts.add_row("steps per visit", ", ".join(_steps(contents.layers)))
     facts.add_row("values in slices", f"{sum(layer.values for layer in contents.layers):,}")
     facts.add_row("other values (head)", f"{sum(contents.others.values()):,} in {len(contents.others)} tensors")
-    facts.add_row("file size", f"{contents.file_bytes / 2**20:,.2f} MiB")
+    facts.add_row("file size", size(contents.file_bytes))
     console.print(facts)
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..durable import write_file
+from ..units import duration, size
 from .counts import model_touched
 from .methods import tensor_counts
 from .session import Session, main_metric
@@ -103,10 +104,10 @@ def print_report(session: Session, report: dict[str, Any], console: Console) -> 
     table.add_row("values changed over the run", f"{counts['changed']:,} ({counts['changed'] / counts['total']:.3%})")
     table.add_row("added parameters", f"{counts['added']:,}")
     table.add_row("moves made", _moves(report["moves"]))
-    table.add_row("optimizer steps", f"{report['steps']:,} ({report['seconds_per_step']:.3f} s each)")
-    table.add_row("training time", f"{report['train_seconds']:.0f} s")
-    table.add_row("peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB ({report['peak_memory_kind']})")
-    table.add_row("file size", _size(report["file_bytes"]))
+    table.add_row("optimizer steps", f"{report['steps']:,} ({duration(report['seconds_per_step'])} each)")
+    table.add_row("training time", duration(report["train_seconds"]))
+    table.add_row("peak memory", f"{size(report['peak_memory_bytes'])} ({report['peak_memory_kind']})")
+    table.add_row("file size", size(report["file_bytes"]))
     for key, text in _PROOFS.items():
         if report.get(key) is not None:
             table.add_row(text, "yes, bit for bit" if report[key] else "[bold red]NO[/bold red]")
@@ -119,7 +120,3 @@ def _moves(moves: list[int]) -> str:
         return "0"
     shown = ", ".join(str(step) for step in moves[:10]) + (", ..." if len(moves) > 10 else "")
     return f"{len(moves)} (after steps {shown})"
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**20:,.2f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
