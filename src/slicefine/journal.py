@@ -182,7 +182,7 @@ class Journal:
         for block, values in self._trained.items():
             self._originals[block] = read_block(weight, block).cpu()
             write_block(weight, block, values)
-        if self._before and self._originals:  # from a file: empty ones, and a visit's without steps, are in the master's
+        if self._before and self._originals:  # some of a file's came in the master's precision
             dtype = self._originals[self.active].dtype
             self._before = deque((values.to(dtype) for values in self._before), self.reach)
         self._trained.clear()
