@@ -470,6 +470,7 @@ def in_processes(work: Callable[[], None], count: int, log: Path) -> int:
 def _work(work: Callable[[], None], rank: int, count: int, port: int, log: Path) -> int:
     try:
         sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
         torch.set_num_threads(1)
         if count > 1:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}

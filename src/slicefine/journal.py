@@ -184,8 +184,9 @@ class Journal:
         for block, values in self._trained.items():
             self._originals[block] = read_block(weight, block).cpu()
             write_block(weight, block, values)
-        if self._before and self._originals:  # a visit without steps has them from the file, in the master's precision
-            self._before[-1] = self._before[-1].to(self._originals[self.active].dtype)
+        if self._before and self._originals:  # some of a file's came in the master's precision
+            dtype = self._originals[self.active].dtype
+            self._before = deque((values.to(dtype) for values in self._before), self.reach)
         self._trained.clear()
         self.applied = True
 
