@@ -55,7 +55,9 @@ def run_block(block: Block, page: str, scope: dict[str, Any]) -> None:
     elif block.language in SHELL:
         for command in commands(block):
             program, verb, *rest = shlex.split(command, comments=True)
-            assert program == "slicefine", f"{page}: only slicefine's commands run in tests; say why {command!r} does not"
+            assert program == "slicefine", (
+                f"{page}: only slicefine's commands run in tests; say why {command!r} does not"
+            )
             assert main([verb, *rest, *SMOKE.get(verb, "").split()]) == 0, f"{page}: {command}"
 
 

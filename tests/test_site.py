@@ -19,7 +19,10 @@ import slicefine
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [*MOVED, *(path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*")) if path.suffix in (".md", ".ipynb"))]
+PAGES = [
+    *MOVED,
+    *(path.relative_to(ROOT).as_posix() for path in sorted(DOCS.rglob("*")) if path.suffix in (".md", ".ipynb")),
+]
 
 
 def anchors(text: str) -> set[str]:
@@ -111,7 +114,9 @@ def test_the_site_is_built_without_a_network_and_loads_nothing_from_elsewhere(tm
     assert len(pages) >= 35
     for file in pages:
         text = file.read_text(encoding="utf-8")
-        loads = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?https?:[^>]*>|<link\b[^>]*\bhref=\"?https?:[^>]*>", text)
+        loads = re.findall(
+            r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?https?:[^>]*>|<link\b[^>]*\bhref=\"?https?:[^>]*>", text
+        )
         assert loads == [], file.name
     for file in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"(?:url\(|@import )['\"]?https?:", file.read_text(encoding="utf-8")), file.name

@@ -26,7 +26,10 @@ def table(result: dict[str, Any]) -> list[str]:
     """One model's methods."""
     shape = result["shape"]
     title = f"{shape['name']}, {shape['layers']} layers of {shape['width']}, batch {shape['batch']} x {shape['length']}"
-    lines = [f"| {title} | time / frozen model | kept MiB | optimizer MiB | in training | file MiB |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        f"| {title} | time / frozen model | kept MiB | optimizer MiB | in training | file MiB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for row in result["rows"]:
         time = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
         sizes = f"{mib(row['saved'])} | {mib(row['state'])} | {row['trainable']:,} | {mib(row['file'])}"
@@ -41,7 +44,9 @@ def page() -> str:
         run = json.loads(file.read_text(encoding="utf-8"))
         versions = run["environment"]
         with_what = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft"))
-        parts.append(f"## {file.stem}\n\n`{run['command']}`\n\n{run['date']}, {with_what}, {versions['threads']} threads.\n")
+        parts.append(
+            f"## {file.stem}\n\n`{run['command']}`\n\n{run['date']}, {with_what}, {versions['threads']} threads.\n"
+        )
         parts += ["\n".join(table(result)) + "\n" for result in run["results"]]
     return "\n".join(parts)
 
