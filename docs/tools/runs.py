@@ -1,4 +1,4 @@
-"""Writes docs/results/runs.md from the files of `slicefine bench`: `python docs/tools/runs.py`. A test compares the two."""
+"""Writes docs/results/runs.md from the files of `slicefine bench`: `python docs/tools/runs.py`. A test compares both."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PAGE = ROOT / "docs" / "results" / "runs.md"
 HEAD = """# Every run of the benchmark
 
 Written by `docs/tools/runs.py` from the JSON files of `slicefine bench`; do not edit. [Step cost](step_cost.md) and
-[windows](windows.md) say what follows from them. *Time* is the median ratio to the frozen model's step, interleaved in the same run, with
-the lowest and the highest round in brackets; *kept* is what stays from forward to backward.
+[windows](windows.md) say what follows from them. *Time* is the median ratio to the frozen model's step, interleaved in
+the same run, with the lowest and the highest round in brackets; *kept* is what stays from forward to backward.
 """
 
 
