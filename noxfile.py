@@ -56,7 +56,7 @@ def tests(session: nox.Session, versions: str) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build wheel and source distribution twice, compare them bit for bit, and check them; dist/ is ready to publish."""
+    """Build wheel and source distribution twice, compare them bit for bit, and check them; dist/ can be published."""
     session.install("build==1.6.1", "twine==7.0.0", "hatchling==1.33.0")
     environment = {
         "SOURCE_DATE_EPOCH": session.run("git", "log", "-1", "--format=%ct", silent=True, external=True).strip()

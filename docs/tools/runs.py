@@ -1,4 +1,4 @@
-"""Writes docs/results/runs.md from the files of `slicefine bench`: `python docs/tools/runs.py`. A test compares both."""
+"""Writes docs/results/runs.md from the files of `slicefine bench`: `python docs/tools/runs.py`. A test compares."""
 
 from __future__ import annotations
 
