@@ -56,14 +56,18 @@ def tests(session: nox.Session, versions: str) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Build wheel and source distribution twice, compare them bit for bit, and check them; dist/ is ready to publish."""
+    """Build wheel and source distribution twice, compare them bit for bit, and check them; dist/ can be published."""
     session.install("build==1.6.1", "twine==7.0.0", "hatchling==1.33.0")
-    environment = {"SOURCE_DATE_EPOCH": session.run("git", "log", "-1", "--format=%ct", silent=True, external=True).strip()}
+    environment = {
+        "SOURCE_DATE_EPOCH": session.run("git", "log", "-1", "--format=%ct", silent=True, external=True).strip()
+    }
     builds = [Path("dist"), Path(session.create_tmp()) / "again"]
     for folder in builds:
         shutil.rmtree(folder, ignore_errors=True)
         session.run("python", "-m", "build", "--no-isolation", "--outdir", str(folder), env=environment)
-    first, second = ({f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()} for folder in builds)
+    first, second = (
+        {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()} for folder in builds
+    )
     if first != second:
         session.error(f"two builds of the same sources differ: {first} and {second}")
     session.log(f"the same twice: {first}")
@@ -80,7 +84,9 @@ def base(session: nox.Session) -> None:
 
 @nox.session
 def audit(session: nox.Session) -> None:
-    """Known vulnerabilities of the lock and of torch; asks PyPI's advisories, so it needs a network."""
+    """Known vulnerabilities of the lock and of torch; asks PyPI for advisories, and fails where it gets no answer."""
     session.install("pip-audit==2.10.1")
-    session.run("pip-audit", "--disable-pip", "--require-hashes", "-r", "requirements/dev.txt", *session.posargs)
-    session.run("pip-audit", "--disable-pip", "--no-deps", "-r", "requirements/torch.txt", *session.posargs)
+    session.run(
+        "pip-audit", "--strict", "--disable-pip", "--require-hashes", "-r", "requirements/dev.txt", *session.posargs
+    )
+    session.run("pip-audit", "--strict", "--disable-pip", "--no-deps", "-r", "requirements/torch.txt", *session.posargs)

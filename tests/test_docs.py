@@ -1,4 +1,4 @@
-"""The code on the documentation's pages runs: page by page, Python and commands in order, in one folder and namespace."""
+"""The code on the documentation's pages runs: page by page, in order, in one folder and namespace."""
 
 from __future__ import annotations
 

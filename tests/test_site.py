@@ -1,4 +1,4 @@
-"""The documentation as a site: links and anchors that exist, generated pages in step, and a build that needs no network."""
+"""The documentation as a site: links and anchors exist, generated pages are in step, the build needs no network."""
 
 from __future__ import annotations
 
@@ -44,13 +44,15 @@ def test_links_and_anchors_exist(name: str):
 
 
 def test_a_dead_link_and_a_dead_anchor_are_seen():
-    text = "# A `b`, c\n[x](no.md) ![y](p.svg) [z](#here)\n```text\n[code](no2.md)\n```\n<!-- run first\n[h](no3.md)\n-->\n"
+    text = "# A `b`, c\n[x](no.md) ![y](p.svg) [z](#here)\n```text\n[code](no2.md)\n```\n"
+    text += "<!-- run first\n[h](no3.md)\n-->\n"
     assert list(links(text)) == [("no.md", ""), ("p.svg", ""), ("", "here")]
     assert anchors(text) == {"a-b-c"}
 
 
 def test_links_out_of_the_folder_and_reasons_become_the_sites_own():
-    text = "<!-- not run: needs a GPU -->\n```bash\nls\n```\n[r](../recipes/mrpc.yaml) [g](guide.md#errors) [h](../README.md)\n"
+    text = "<!-- not run: needs a GPU -->\n```bash\nls\n```\n"
+    text += "[r](../recipes/mrpc.yaml) [g](guide.md#errors) [h](../README.md)\n"
     shown = markdown_for_site(text, "start.md", "docs/start.md")
     assert "*Not run in the tests: needs a GPU.*" in shown
     assert "[r](repository/recipes/mrpc.yaml) [g](guide.md#errors) [h](index.md)" in shown

@@ -1,7 +1,7 @@
 """The site's hook: what Markdown files mean on GitHub, they mean on the site, too.
 
-Pages link to files of the repository (pictures, recipes, results), which lie outside ``docs/``. Those that are linked are
-taken along, as they are, below ``repository/``; folders become a list of their files. The README is the site's front page.
+Pages link to files of the repository (pictures, recipes, results), which lie outside ``docs/``. Those that are linked
+are taken along below ``repository/``; folders become a list of their files. The README is the site's front page.
 A block's ``<!-- not run: reason -->``, which no reader of the page would see, becomes a line above it.
 
 `mkdocs.yml` names this file; `tests/test_site.py` uses it to check links without building anything.

@@ -94,7 +94,9 @@ def journal() -> str:
     parts += [say("journal", 540, 24, "l"), box("w", 540, 34, 200, 90)]
     parts += [say("1  rows 0-13: what stood there", 548, 56), say("2  columns 0-13: what stood there,", 548, 78)]
     parts += [say("with the row's trained corner", 563, 96)]
-    parts.append(say("Back to the base: write 2, then 1. Every entry has its first bits again; nothing is subtracted.", 20, 152))
+    parts.append(
+        say("Back to the base: write 2, then 1. Every entry has its first bits again; nothing is subtracted.", 20, 152)
+    )
     about = "The journal holds what each slice replaced. Writing these back in reverse order restores the base."
     return picture("The journal", about, 760, 166, *parts)
 
