@@ -1,17 +1,20 @@
 # Two commands on a machine that has only Python 3.11 or newer: `make demo` and `make test`.
 # Each creates .venv when it is missing; stamps in it keep the second call free of pip.
+# Every package is installed from a lock with hashes (requirements/), without looking for others; torch alone has no hash.
 
 ENV := .venv
 BIN := $(ENV)/bin
 STAMPS := $(ENV)/stamps
-TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH := $(shell grep '^torch==' requirements/torch.txt)
 
 PYTHON ?=
 PIP_ARGS ?=
 ARGS ?=
 WORKERS ?= 2
 
-PIP := $(BIN)/python -m pip install --quiet -c constraints.txt $(PIP_ARGS)
+PIP := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
+LOCKED := $(PIP) --no-deps --require-hashes -r
+SELF := $(PIP) --no-deps --no-build-isolation -e .
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -20,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types clean
+.PHONY: help demo test lint types docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -46,8 +49,17 @@ lint: $(STAMPS)/dev  ## ruff: rules and formatting
 types: $(STAMPS)/dev  ## mypy, strict, on src/slicefine (settings in pyproject.toml)
 	$(BIN)/mypy
 
+docs: $(STAMPS)/dev  ## build the site into site/, offline; dead links and anchors are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+LOCK := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
+  --custom-compile-command 'make lock' --excludes requirements/without.txt pyproject.toml requirements/base.in
+lock:  ## write requirements/*.txt anew after a change of pyproject.toml; needs uv, UPGRADE=--upgrade renews versions
+	$(LOCK) $(UPGRADE) --extra dev -o requirements/dev.txt
+	$(LOCK) --extra demo -c requirements/dev.txt -o requirements/demo.txt
+
 clean:  ## remove the environment, caches and builds; runs/ stays
-	rm -rf $(ENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(ENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/python:
@@ -64,19 +76,24 @@ $(STAMPS)/python:
 	echo "Install Python 3.11, or name one: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.11" >&2; \
 	exit 1
 
-$(STAMPS)/torch: constraints.txt $(STAMPS)/python
+# after the packages that torch needs, so that pip finds them installed and takes none without a hash
+$(STAMPS)/torch: requirements/torch.txt
 	@echo "Installing $(TORCH) (some minutes the first time)."
 	@$(PIP) $(TORCH)
 	@touch $@
 
 # editable: a change of the sources needs no new installation
-$(STAMPS)/demo: pyproject.toml $(STAMPS)/torch
-	@echo "Installing slicefine[demo]."
-	@$(PIP) -e '.[demo]'
+$(STAMPS)/demo: pyproject.toml requirements/demo.txt requirements/torch.txt $(STAMPS)/python
+	@echo "Installing what slicefine[demo] needs."
+	@$(LOCKED) requirements/demo.txt
+	@$(MAKE) --no-print-directory $(STAMPS)/torch
+	@$(SELF)
 	@touch $@
 
 # dev contains demo, so one installation serves both
-$(STAMPS)/dev: pyproject.toml $(STAMPS)/torch
-	@echo "Installing slicefine[dev]."
-	@$(PIP) -e '.[dev]'
+$(STAMPS)/dev: pyproject.toml requirements/dev.txt requirements/torch.txt $(STAMPS)/python
+	@echo "Installing what slicefine[dev] needs."
+	@$(LOCKED) requirements/dev.txt
+	@$(MAKE) --no-print-directory $(STAMPS)/torch
+	@$(SELF)
 	@touch $(STAMPS)/demo $@

@@ -49,7 +49,7 @@ def blocks(text: str) -> list[Block]:
         while number < len(lines) and lines[number].rstrip() != end:
             number += 1
         if number == len(lines):
-            raise ValueError(f"README line {start}: the block has no closing {end!r}.")
+            raise ValueError(f"line {start}: the block has no closing {end!r}.")
         skipped = start >= 2 and NOT_RUN.match(lines[start - 2].strip())
         if not skipped:
             found.append(Block("python" if hidden else fence[1], start, lines[start:number]))
@@ -66,15 +66,18 @@ def python_script(text: str) -> str:
     return "\n".join(script) + "\n"
 
 
+def commands(block: Block) -> list[str]:
+    """Commands of a shell block, without set-up commands."""
+    joined = "\n".join(block.code).replace("\\\n", " ")
+    prompts = [line for line in joined.splitlines() if block.language != "console" or line.startswith("$ ")]
+    lines = [line.removeprefix("$ ").strip() for line in prompts]
+    return [line for line in lines if line and not SET_UP.match(line)]
+
+
 def shell_script(text: str) -> str:
-    """Commands of the shell blocks, one per line, without set-up commands and with the smoke flags."""
-    commands: list[str] = []
-    for block in blocks(text):
-        if block.language in SHELL:
-            joined = "\n".join(block.code).replace("\\\n", " ")
-            prompts = [line for line in joined.splitlines() if block.language != "console" or line.startswith("$ ")]
-            commands += [smoke(line.removeprefix("$ ").strip()) for line in prompts]
-    return "\n".join(command for command in commands if command and not SET_UP.match(command)) + "\n"
+    """Commands of the shell blocks, one per line, with the smoke flags."""
+    shell = [block for block in blocks(text) if block.language in SHELL]
+    return "\n".join(smoke(command) for block in shell for command in commands(block)) + "\n"
 
 
 def smoke(command: str) -> str:

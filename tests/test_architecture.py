@@ -21,6 +21,7 @@ LADDER = [
     "durable",
     "reading",
     "checksums",
+    "fingerprint",
     "geometry",
     "initial",
     "packed",
@@ -37,8 +38,10 @@ LADDER = [
     "held",
     "adapters",
     "layer",
+    "guards",
     "since",
     "coupling",
+    "optimizers",
     "mover",
     "tuner",
     "energy",
@@ -46,6 +49,7 @@ LADDER = [
 ALLOWED = {name: set(LADDER[:i]) for i, name in enumerate(LADDER)}
 for name in ("durable", "reading", "checksums", "geometry"):
     ALLOWED[name] = {"errors"}
+ALLOWED["fingerprint"] = set()
 ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}
@@ -56,6 +60,7 @@ ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no sc
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["coupling"] = {"errors", "geometry", "schedule", "weights", "window"}
+ALLOWED["optimizers"] = {"sharded"}
 ALLOWED["sharded"] = {"errors", "geometry"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}

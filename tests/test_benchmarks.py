@@ -168,3 +168,14 @@ def test_qlora_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert rows["qlora r=8"]["ratio"] == 1.0
     # the base comes back as it was: whatever adds nothing yet begins with its loss
     assert len({rows[name]["loss"][0] for name in ("qlora r=8", "qlora r=16", "column r=12", "alternate r=12")}) == 1
+
+
+def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--moves", "40", "--interval", "2", "--width", "6", "--out", str(tmp_path / "s.json")]
+    monkeypatch.setattr(sys, "argv", ["soak.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "soak.py"), run_name="__main__")
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert record["moves"] == 40
+    assert record["equal at default tolerances"]
+    assert record["looks"][-1]["originals"] == record["looks"][-3]["originals"]  # once per slice, not per visit
+    assert record["bytes per move"]["file"] < 3 * 6 * 8 + 200  # a row of the journal per layer, and what was noted

@@ -188,6 +188,25 @@ def test_undo_goes_back_visit_by_visit_up_to_the_history():
     assert torch.equal(weight, stages[2])
 
 
+def test_a_visit_without_steps_may_get_some_after_a_file_and_an_undo():
+    weight = base_weight()
+    journal = trained_journal(BLOCKS[:1], weight)
+    for block in BLOCKS[1:3]:
+        journal.begin(weight, block)
+    tensors, stage = pack(journal, weight), weight.clone()
+    values = unpack(tensors, read_block(weight, BLOCKS[2]), SHAPE, "fc")
+    journal.revert(weight)
+    loaded = Journal(history=8)
+    loaded.load(tensors["journal"], values, tensors.get("before"))
+    loaded.apply(weight)
+    loaded.undo(weight)
+    write_block(weight, BLOCKS[1], read_block(weight, BLOCKS[1]) + 1)
+    loaded.count_step()
+    loaded.restart(weight)
+    assert torch.equal(weight, stage)
+    assert loaded.step == 1
+
+
 def test_the_first_visit_cannot_be_undone():
     weight = base_weight()
     journal = trained_journal([BLOCKS[0]], weight)

@@ -286,6 +286,18 @@ def test_metrics_agree_with_hand_counts():
 # -- encodings ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("center", "expected"), [(True, 3.5), (False, 0.0)])
+def test_a_new_head_of_a_regression_starts_at_the_mean_of_the_train_targets(bert: str, center: bool, expected: float):
+    settings = TaskSettings("text-regression", center=center)
+    task = get_task(settings, ModelSettings(bert), DataSettings())
+    rows = {"text": ["good film", "bad film"], "label": [2.0, 5.0]}
+    other = {"text": ["film"], "label": [100.0]}  # validation targets do not count
+    task.read({"train": Dataset.from_dict(rows), "validation": Dataset.from_dict(other)})
+    model = task.load().model
+    assert model.classifier.bias.item() == expected
+    assert model.bert.pooler.dense.bias.abs().sum() == 0  # pretrained biases stay
+
+
 def test_pairs_are_encoded_as_pairs(bert: str):
     task = make("text-classification", bert, Columns(text="a", text_pair="b"))
     splits = splits_of([{"a": "the film", "b": "good", "label": i % 2} for i in range(4)])

@@ -14,6 +14,7 @@ from .errors import (
     UnsupportedError,
 )
 from .geometry import Slice
+from .guards import accept_weights
 from .mover import Mover, MoveSettings, movers_of
 from .schedule import Schedule
 from .since import apply_slices, delta_since
@@ -28,6 +29,7 @@ except ModuleNotFoundError as error:
 __version__ = "0.1.0"
 
 __all__ = [
+    "accept_weights",
     "AdapterFileError",
     "apply_slices",
     "attach",

@@ -266,18 +266,23 @@ class SliceAdapters(HeldWeight):
         state.journal.undo(self.dense())
         self.load_active(name)
 
+    def restart(self, name: str) -> None:
+        """Take back what the current visit of an applied adapter trained; it begins again."""
+        self.states[name].journal.restart(self.dense())
+        self.load_active(name)
+        self._start_anew(name)
+
     def begin(self, name: str, block: Slice, step: int | None = None) -> None:
         self.check_block(name, block)
-        journal = self.states[name].journal
-        new = block not in journal.slices()
-        self.load_active(name, journal.begin(self.dense(), block, step))
-        if new and self.states[name].schedule.start_values != "pretrained":
-            self._start_anew(name, block)
+        self.load_active(name, self.states[name].journal.begin(self.dense(), block, step))
+        self._start_anew(name)
 
-    def _start_anew(self, name: str, block: Slice) -> None:
-        """Give a slice the values that `Schedule.start_values` names instead of the pretrained ones."""
+    def _start_anew(self, name: str) -> None:
+        """Give a slice at its first visit the values that `Schedule.start_values` names, if not the pretrained ones."""
         state = self.states[name]
-        schedule = state.schedule
+        schedule, block = state.schedule, state.journal.active
+        if schedule.start_values == "pretrained" or any(v.slice == block for v in state.journal.visits[:-1]):
+            return
         values = initial_block(schedule.start_values, block, self.shape, state.layer_name, schedule.seed)
         whole_values = self.values(name)
         self._active_part(name, whole_values).copy_(values)
@@ -324,7 +329,7 @@ class SliceAdapters(HeldWeight):
         weight = self.base_weight
         return weakref.ref(weight), 0 if weight.is_inference() else weight._version
 
-    def _others_wrote(self, name: str) -> bool:
+    def others_wrote(self, name: str) -> bool:
         """Whether someone wrote into the weight since adapter ``name`` was in sync with it; FSDP2 does all the time."""
         before, now = self.states[name].base_version, self._base_version
         if before is None or is_sharded(self.parameter(name)):
@@ -370,7 +375,7 @@ class SliceAdapters(HeldWeight):
         if len(self.applied) > 1:  # the weight holds their sum: add them up anew
             with self.reverted():
                 return
-        if self._others_wrote(name):  # DDP brought rank 0's weights: what the slice replaced is theirs
+        if self.others_wrote(name):  # DDP brought rank 0's weights: what the slice replaced is theirs
             state.journal.renew(self.dense())
         self.take(name, self.values(name))
 
@@ -459,13 +464,16 @@ class SliceAdapters(HeldWeight):
         """Before a weight arrives together with the slices that it holds, ours are taken out of the old one."""
         self.arriving = {}
         sliced = any(key.startswith(f"{prefix}slicefine_journal.") for key in state_dict)
+        weight_comes = f"{prefix}{'base_layer.' * (self.depth + 1)}{self.kind.parameter}" in state_dict
         beside = any(key.startswith(f"{prefix}slicefine_{BESIDE}.") for key in state_dict)
         if sliced and beside != (self.packed is not None):
             raise AdapterFileError(
                 f"{self.label}: the state dict's slices {'are differences' if beside else 'are values'}, and this "
                 f"layer's {'are values' if beside else 'are differences'}; attach with additive={beside}."
             )
-        if sliced and f"{prefix}{'base_layer.' * (self.depth + 1)}{self.kind.parameter}" in state_dict:
+        if weight_comes:
+            self.forget_frozen()
+        if sliced and weight_comes:
             names = self.applied if self.requested is None else self.requested
             self.apply_only([])
             self.requested = names
@@ -479,9 +487,11 @@ class SliceAdapters(HeldWeight):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> SliceAdapters:
-        synced = {name for name in self.states if self._in_sync(name)}
+        synced, dtype = {name for name in self.states if self._in_sync(name)}, self.base_weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.base_weight.device
+        if self.base_weight.dtype != dtype:
+            self.forget_frozen()
         if self.packed is not None:
             self.packed.map(fn)
         for name, state in self.states.items():

@@ -13,7 +13,7 @@ from .functional import (
 from .packed import PackedDelta
 from .quantised import Requantised, format_of, place_of, prepare, release, requantise
 from .sharded import ShardedMatrix, is_sharded, is_whole, put_whole, sharded_parameter, whole
-from .state import AdapterState
+from .state import AdapterState, Frozen
 from .weights import TRAINABLE, Stack, kind_of, lies_beside, value_dtype
 
 __all__ = ["HeldWeight"]
@@ -51,6 +51,7 @@ class HeldWeight(nn.Module):
         self._order: list[str] = []  # adapters in the order of their last application
         self.requested: list[str] | None = None  # adapters to apply as soon as a weight that is on its way is here
         self.arriving: dict[str, Tensor] = {}  # what the slices in that weight replaced, by adapter
+        self.frozen: Frozen | None = None  # of the originals, since the first optimizer step
         self.slicefine_active = nn.ParameterDict()
 
     # -- the weight -----------------------------------------------------------------------------------------------
@@ -160,6 +161,13 @@ class HeldWeight(nn.Module):
     def label(self) -> str:
         """The layer's name, for messages."""
         return next((state.layer_name for state in self.states.values()), type(self.base_layer).__name__)
+
+    def forget_frozen(self) -> None:
+        """Whatever the weight holds now counts as the base's from the next optimizer step on (`slicefine.guards`)."""
+        self.frozen = None
+        for state in self.states.values():
+            if state.mover is not None:
+                state.mover.watching = False
 
     def fold(self, write: bool = True) -> Requantised | None:
         """Add what lies beside the weight to it; rounding makes this final.

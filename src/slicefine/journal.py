@@ -123,15 +123,47 @@ class Journal:
                 not applied (then the weight holds the originals, which an undo must not touch).
         """
         self.check_undo()
-        last, before = self.visits[-1], self._before[-1]
-        slices = list(dict.fromkeys(visit.slice for visit in self.visits[:-1]))
-        if before.dim() == 1:
-            before = self._whole(last, before, slices, weight)
-        write_block(weight, last.slice, before)
-        self.taken_back.append(self.visits.pop())
+        self._write_before(weight)
+        last = self.visits.pop()
+        self.taken_back.append(last)
         self._before.pop()
-        if last.slice not in slices:
+        if last.slice not in self.slices():
             self._originals.pop(last.slice)
+        now = self.visits[-1]
+        fresh = now.last_step < now.first_step
+        if fresh and self._before and self._before[-1].dim() == 1:  # it may get steps, and a file has nothing of it
+            self._before[-1] = read_block(weight, now.slice).cpu()
+
+    def check_restart(self) -> None:
+        """Raise `UnsupportedError` unless the current visit can begin again; see `restart`."""
+        if not self.applied:
+            raise UnsupportedError("restart: the slices are not in the weight now; activate the adapter first.")
+        if not self._before:
+            raise UnsupportedError(
+                "restart: the history does not hold the values from before this visit (history=0, or visits were "
+                "undone as far as it reaches). Raise `history` before training."
+            )
+
+    def restart(self, weight: Matrix) -> None:
+        """Take back what the current visit trained: the weight reads as it did when it began, and it has no steps.
+
+        Raises:
+            UnsupportedError: as `undo`.
+        """
+        self.check_restart()
+        last = self.visits[-1]
+        self._before[-1] = self._write_before(weight)
+        self.taken_back.append(last)
+        self.visits[-1] = Visit(last.slice, last.first_step, last.first_step - 1)
+
+    def _write_before(self, weight: Matrix) -> Tensor:
+        """Write what stood in the last visit's slice before that visit."""
+        last, before = self.visits[-1], self._before[-1]
+        if before.dim() == 1:
+            earlier = list(dict.fromkeys(visit.slice for visit in self.visits[:-1]))
+            before = self._whole(last, before, earlier, weight).cpu()
+        write_block(weight, last.slice, before)
+        return before
 
     def _whole(self, visit: Visit, packed: Tensor, earlier: list[Slice], weight: Matrix) -> Tensor:
         """A block's values from before a visit: `history`'s, and the originals where nothing was trained before."""
@@ -150,6 +182,8 @@ class Journal:
         for block, values in self._trained.items():
             self._originals[block] = read_block(weight, block).cpu()
             write_block(weight, block, values)
+        if self._before and self._originals:  # a visit without steps has them from the file, in the master's precision
+            self._before[-1] = self._before[-1].to(self._originals[self.active].dtype)
         self._trained.clear()
         self.applied = True
 

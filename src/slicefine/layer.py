@@ -49,7 +49,17 @@ class SliceLayer(SliceAdapters):
         """The base layer's weight, for models that look at it (its dtype, its device), or use it without a call."""
         if self.kind.layout == "hidden":
             return self._tracked_weight()
-        return cast(Tensor, self.base_layer.weight) if self.kind.layout == "quantised" else self.base_weight
+        if self.kind.layout == "quantised":
+            return cast(Tensor, self.base_layer.weight)
+        return self._looked_at()
+
+    def _looked_at(self) -> Tensor:
+        """The base weight for whoever reads it without a call, as PyTorch's fused transformer layers do."""
+        if not torch.compiler.is_compiling() and not self.base_weight.is_meta:
+            for name in self.applied:
+                if not self._in_sync(name):
+                    self.settle(name)
+        return self.base_weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
@@ -141,6 +151,8 @@ class SliceLayer(SliceAdapters):
         except AttributeError:
             if "base_layer" not in modules:
                 raise
+            if name == self.__dict__["kind"].parameter and modules["base_layer"] is self._owner:
+                return self._looked_at()
             return getattr(modules["base_layer"], name)
 
     def _checked(self) -> list[str]:

@@ -15,46 +15,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .errors import AdapterFileError, ConfigError, NumericalError, OptimizerError, UnsupportedError
 from .geometry import Slice
+from .guards import all_finite, check_frozen, not_finite, remember
 from .layer import SliceLayer
+from .optimizers import FACTORED, REFUSED, creates_state, reset_optimizer_state
 from .schedule import POLICIES, Moves, plan_moves, wrap_visit
-from .sharded import whole
+from .sharded import is_sharded, whole
 from .state import AdapterState
 from .window import Window, places
 
-__all__ = ["FALLBACK_INTERVAL", "Mover", "MoveSettings", "check_progress", "movers_of", "reset_optimizer_state"]
+__all__ = ["FALLBACK_INTERVAL", "ON_NONFINITE", "Mover", "MoveSettings", "check_progress", "movers_of"]
 
 FALLBACK_INTERVAL = 500  # the paper's N (Appendix I), for custom loops of unknown length
+ON_NONFINITE = ("raise", "skip")
+SKIPS_IN_A_ROW = 20  # steps left out one after the other, before training is given up
 FOREIGN_STEPS = 3  # steps of other optimizers, with gradients waiting for ours, before this is called a mistake
-
-# optimizer state that starts at zero: zeroing it in place equals a fresh state and keeps captured graphs valid
-ZERO_STATE = frozenset(
-    {
-        "step",
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "square_avg",
-        "grad_avg",
-        "momentum_buffer",
-        "exp_avg_sq_row",
-        "exp_avg_sq_col",
-        "row_var",
-        "col_var",
-        "variance",
-    }
-)
-# whole-tensor statistics would mix the padding of an oblong alternate block into the update
-_FACTORED = ("Adafactor",)
-_REFUSED = {
-    "LBFGS": "it evaluates the loss several times per step and keeps a history across moves",
-    "SparseAdam": "it needs sparse gradients",
-    "Muon": "it orthogonalises whole matrices, which a slice of a matrix is not",
-}
 
 _MOVERS: weakref.WeakSet[Mover] = weakref.WeakSet()
 
@@ -72,6 +50,9 @@ class MoveSettings:
             updates up from zero, ``"keep"`` leaves the old slice's state in place (for study).
         rewarm_steps: length of that ramp in optimizer steps.
         window: train only the layers of a moving group of blocks; None trains all of them at once.
+        on_nonfinite: ``"raise"`` stops when a slice turned out to be NaN or infinite, which is looked for at moves, at
+            logging and before saving; ``"skip"`` looks at the gradients before each optimizer step, which costs a
+            synchronisation, and leaves a step with a NaN or infinite one out.
     """
 
     moves: int | None = 8
@@ -81,8 +62,11 @@ class MoveSettings:
     state_policy: str = "reset"
     rewarm_steps: int = 10
     window: Window | None = None
+    on_nonfinite: str = "raise"
 
     def __post_init__(self) -> None:
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise ConfigError(f"on_nonfinite={self.on_nonfinite!r} is unknown; expected {' or '.join(ON_NONFINITE)}.")
         if self.state_policy not in POLICIES:
             raise ConfigError(f"state_policy={self.state_policy!r} is unknown; expected one of {', '.join(POLICIES)}.")
         for name, value, low in (
@@ -128,6 +112,8 @@ class Mover:
         settings: when to move, and the policy for optimizer state.
         run_start: the step at which this run began; moves are counted from there.
         progress: for each visit the loss and metrics that were last noted in it (`note`); shorter if none were.
+        skipped: optimizer steps that were left out (``on_nonfinite="skip"``).
+        watching: the fingerprints of all weights are taken (`slicefine.guards`).
     """
 
     name: str
@@ -141,6 +127,11 @@ class Mover:
     warned: bool = False
     warned_below: bool = False
     progress: list[dict[str, float]] = field(default_factory=list)
+    skipped: int = 0
+    watching: bool = False
+    _checked: int = 0
+    _skips: int = 0  # in a row
+    _drops: bool = False
     _owners: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet, repr=False)
     _seen: tuple[Tensor, int] | None = field(default=None, repr=False)  # gradient at the last foreign step
     _pace: weakref.ref[Optimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
@@ -187,12 +178,18 @@ class Mover:
         states = {name: layer.states[self.name] for name, layer in self._own().items()}
         return {name: s.journal.active for name, s in states.items() if s.journal.visits and not s.idle}
 
-    def begin_run(self, total_steps: int | None, done: int = 0) -> None:
+    def begin_run(self, total_steps: int | None, done: int = 0, start: int | None = None) -> None:
         """Tell the run's length, and how many of its optimizer steps were done before (when resuming).
 
         Warns when the run would never move, or would come back to slices that it trained before.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+            done: how many of them were made before this process.
+            start: `step` when the run began, if it is known; steps that ``GradScaler`` skipped are in ``done`` and
+                not in `step`, and a resumed run must count as the uninterrupted one does.
         """
-        self.run_start = self.step - done
+        self.run_start = self.step - done if start is None else start
         if total_steps is not None and total_steps <= 0:
             total_steps = None
         self.plan = self.settings.plan(total_steps)
@@ -209,12 +206,19 @@ class Mover:
         Args:
             step: optimizer step of the run after which they were measured; None is the last one.
             **values: ``loss=0.7``, ``eval_accuracy=0.8``, and the like.
+
+        Raises:
+            NumericalError: if an active slice is NaN or infinite; under FSDP2 that shows at a move.
         """
         visits = next((state.journal.visits for _, state in self._pairs()), [])
         total = self.step if step is None else self.run_start + step
         if total > self.step:  # the weights are those of an earlier step again (the best checkpoint's)
             return
         starts = [visit.first_step for visit in visits]
+        if self.step > self._checked and not any(
+            is_sharded(layer.parameter(self.name)) for layer in self._with_adapter()
+        ):
+            self._check_finite()
         number = max((i for i, first in enumerate(starts) if first <= total), default=0)
         self.progress += [{} for _ in range(number + 1 - len(self.progress))]
         self.progress[number] |= {"step": float(total), **{name: float(value) for name, value in values.items()}}
@@ -238,7 +242,62 @@ class Mover:
         del self.progress[self.visits :]
         self._reset(list(self._owners))
 
-    # -- the hook -------------------------------------------------------------------------------------------------
+    def restart(self) -> None:
+        """Take back what the current visit trained; it begins again, with fresh optimizer state.
+
+        After a `NumericalError` this is the last state that was good. What is trained beside slices (a head) stays.
+
+        Raises:
+            UnsupportedError: if the history does not hold what was there before the visit.
+        """
+        self._check_active()
+        for layer in self._with_adapter():  # all of them are checked before the first one changes
+            layer.states[self.name].journal.check_restart()
+        for layer in self._with_adapter():
+            layer.restart(self.name)
+        del self.progress[self.visits - 1 :]
+        self._checked = self.step
+        self._reset(list(self._owners))
+
+    # -- the hooks ------------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Before the first step of ``optimizer`` note what is frozen; before each, see to gradients to be skipped."""
+        skips = self.settings.on_nonfinite == "skip"
+        if self.watching and not skips:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        ids = {id(p) for p in parameters}
+        if not any(id(entry.parameter) in ids for entry in self._training()):
+            return
+        if not self.watching:
+            remember(self._with_adapter())
+            self.watching = True
+        if skips:
+            self._drop_gradients(parameters)
+
+    def _drop_gradients(self, parameters: list[Tensor]) -> None:
+        """Without gradients an optimizer's step changes nothing: no parameter, no momentum, no decay."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._drops = bool(gradients) and not all_finite(gradients)
+        self._skips = self._skips + 1 if self._drops else 0
+        if not self._drops:
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        self.skipped += 1
+        if self._skips >= SKIPS_IN_A_ROW:
+            raise NumericalError(
+                f"adapter {self.name!r}, after step {self.step}: {self._skips} steps in a row had NaN or infinite "
+                "gradients and were left out, so nothing is trained any more. Lower the learning rate, or look at the "
+                "loss and the data; the slices are as they were before."
+            )
+        warnings.warn(
+            f"SliceFine: a step after step {self.step} had NaN or infinite gradients and was left out "
+            f"({self.skipped} so far).",
+            UserWarning,
+            stacklevel=5,
+        )
 
     def after_step(self, optimizer: Optimizer) -> None:
         """React to one step of ``optimizer``; steps of optimizers that own none of our slices are not ours."""
@@ -256,11 +315,15 @@ class Mover:
                 f"{type(optimizer).__name__} steps inside the backward pass, where the input gradient still needs the "
                 "old weights. Step once after backward: do not use optimizer-in-backward with SliceFine."
             )
+        first = optimizer not in self._owners or all(not _steps(entry.state) for entry in owned)
         new_round = self._sets_pace(optimizer, owned)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
+            for entry in owned if first else ():  # the fused SGD then leaves a momentum of unwritten memory
+                reset_optimizer_state(optimizer, entry.parameter)
             return
-        if _creates_state(optimizer, owned):
+        if self._drops or creates_state(optimizer, [entry.parameter for entry in owned]):
+            self._drops = False
             return
         self._write_back([entry for entry in owned if not entry.state.idle])
         if new_round:
@@ -321,8 +384,7 @@ class Mover:
         if self.settings.state_policy != "rewarm":
             return
         state = entry.state
-        visit = state.journal.visits[-1]
-        done = visit.last_step - visit.first_step + 2  # this step included
+        done = _steps(state) + 1  # this step included
         if len(state.journal.visits) > 1 and done < self.settings.rewarm_steps:
             before = state.previous if state.previous is not None else entry.layer.weight_block(self.name)
             values.copy_(torch.lerp(before, values, done / self.settings.rewarm_steps))
@@ -336,7 +398,8 @@ class Mover:
         if unknown:
             raise ConfigError(f"move: no sliced layer is named {unknown[0]!r}; the names are {sorted(layers)[:5]}, ...")
         self._check_active()
-        self._check_finite(layers)
+        self._check_finite()
+        check_frozen([layer for layer in layers.values() if layer.others_wrote(self.name)], "move")
         blocks = {}  # all of them are checked before the first layer moves
         for name, layer in layers.items():
             blocks[name] = to[name] if name in to else layer.next_block(self.name)
@@ -366,23 +429,28 @@ class Mover:
                     f"set_adapter({self.name!r}) first."
                 )
 
-    def _check_finite(self, layers: Mapping[str, SliceLayer]) -> None:
-        blocks = whole([layer.parameter(self.name) for layer in layers.values()])
-        flags = {name: block.isfinite().all() for name, block in zip(layers, blocks, strict=True)}
-        if flags and not bool(torch.stack([f.cpu() for f in flags.values()]).all()):
-            bad = [name for name, flag in flags.items() if not flag]
+    def _check_finite(self) -> None:
+        """Raise `NumericalError` if an active slice is NaN or infinite."""
+        layers = self._own()
+        bad = not_finite(layers, self.name)
+        if bad:
+            first = min(self._checked, self.step - 1) + 1
             raise NumericalError(
-                f"step {self.step}: the active slice of {bad[0]} ({len(bad)} layers in all) is NaN or infinite, so it "
-                "is not committed. Lower the learning rate, clip gradients, or look for bad rows in the data."
+                f"adapter {self.name!r}, steps {first} to {self.step}: the active slice of {bad[0]} is NaN "
+                f"or infinite ({len(bad)} of {len(layers)} layers), so it is not committed. What was there before this "
+                "visit is kept: restart() of the tuner, or of slicefine.movers_of(model)[0], brings it back. Lower the "
+                'learning rate, clip gradients, leave such steps out (on_nonfinite="skip"), or look for bad rows in '
+                "the data."
             )
+        self._checked = self.step
 
     def _refuse(self, optimizer: Optimizer) -> None:
         name = type(optimizer).__name__
-        reason = _REFUSED.get(name)
+        reason = REFUSED.get(name)
         if reason is not None:
             raise UnsupportedError(f"SliceFine does not work with {name}: {reason}. Use AdamW, SGD or Adafactor.")
         padded = [name for name, layer in self._own().items() if self._padded(layer)]
-        if name in _FACTORED and padded:
+        if name in FACTORED and padded:
             raise UnsupportedError(
                 f"{name} averages over a whole parameter, and mode='alternate' pads the parameter of oblong layers "
                 f"such as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
@@ -488,6 +556,12 @@ class Mover:
         return sum(first <= self.run_start + 1 for first in starts)
 
 
+def _steps(state: AdapterState) -> int:
+    """Optimizer steps of the current visit."""
+    visit = state.journal.visits[-1]
+    return visit.last_step - visit.first_step + 1
+
+
 def check_progress(progress: Any, where: str) -> list[dict[str, float]]:
     """What a file says of the loss and the metrics of each visit.
 
@@ -505,44 +579,6 @@ def check_progress(progress: Any, where: str) -> list[dict[str, float]]:
         raise AdapterFileError(f"{where}: progress has a number beyond all measure; the file is corrupt.") from error
 
 
-def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
-    """Give one parameter the optimizer state of a new one: moments, Adam's step count, quantised states.
-
-    State that starts at zero is zeroed in place; anything else is dropped, so that the optimizer rebuilds it.
-    Keeping the step count would make Adam's first update about three times too large.
-    """
-    state = optimizer.state.get(parameter)
-    if not state:
-        return
-    tensors = {key: value for key, value in state.items() if value is not None}
-    known = all(
-        key in ZERO_STATE and (not isinstance(v, Tensor) or v.is_floating_point()) for key, v in tensors.items()
-    )
-    damped = any(group.get("dampening", 0) for group in optimizer.param_groups)  # SGD: its first step is undamped
-    if isinstance(optimizer, torch.optim.Adagrad):  # it creates its state once, in its constructor
-        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-        state["sum"].fill_(group["initial_accumulator_value"])
-        state["step"].zero_()
-        return
-    if not known or damped:
-        optimizer.state.pop(parameter)
-        return
-    for key, value in tensors.items():
-        if isinstance(value, Tensor):
-            value.zero_()
-        else:
-            state[key] = 0
-
-
-def _creates_state(optimizer: Optimizer, owned: list[_Entry]) -> bool:
-    """Whether a step was one that torch.distributed.checkpoint makes to create state: no rate, zeros as gradients."""
-    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
-    if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0 for rate in rates):
-        return False
-    gradients = [entry.parameter.grad for entry in owned]
-    return not any(bool(gradient.any()) for gradient in whole([g for g in gradients if g is not None]))
-
-
 def movers_of(model: torch.nn.Module) -> list[Mover]:
     """Movers of the slices inside ``model``, in the order in which the adapters were added."""
     layers = {id(module) for module in model.modules() if isinstance(module, SliceLayer)}
@@ -552,9 +588,15 @@ def movers_of(model: torch.nn.Module) -> list[Mover]:
     return sorted(found, key=lambda mover: order.get(mover.name, math.inf))
 
 
+def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for mover in list(_MOVERS):
+        mover.before_step(optimizer)
+
+
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for mover in list(_MOVERS):
         mover.after_step(optimizer)
 
 
+register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_after_optimizer_step)

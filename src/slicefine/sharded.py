@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from .errors import UnsupportedError
 from .geometry import Slice, entry_indices, line_length
 
-__all__ = ["ShardedMatrix", "is_sharded", "is_whole", "put_whole", "refuse_engine", "sharded_parameter", "whole"]
+__all__ = [
+    "ShardedMatrix",
+    "full",
+    "is_sharded",
+    "is_whole",
+    "put_whole",
+    "refuse_engine",
+    "sharded_parameter",
+    "whole",
+]
 
 if torch.distributed.is_available():
     from torch.distributed._composable_state import _module_state_mapping
@@ -146,6 +155,11 @@ def whole(parameters: Sequence[Tensor]) -> list[Tensor]:
             buffers.append((buffer, parameter))
     gathered = iter(_gather(buffers))
     return [next(gathered) if is_sharded(parameter) else parameter.data for parameter in parameters]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over processes, gathered; others as they are."""
+    return cast(DTensor, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def put_whole(parameter: Tensor, shown: Tensor, values: Tensor) -> None:

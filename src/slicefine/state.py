@@ -16,7 +16,7 @@ from .journal import Journal
 from .schedule import Schedule
 from .window import Place
 
-__all__ = ["AdapterState", "SampledEntry", "base_sample", "new_stamp", "read_sample", "same_base"]
+__all__ = ["AdapterState", "Frozen", "SampledEntry", "base_sample", "new_stamp", "read_sample", "same_base"]
 
 _STAMPS = itertools.count(1)
 
@@ -80,6 +80,17 @@ def same_base(sample: Sequence[SampledEntry], found: Sequence[float]) -> bool:
     """Whether values are those of a sample, whatever their precision (bfloat16's rounding is let pass)."""
     scale = max((abs(entry.value) for entry in sample), default=0.0)
     return all(abs(entry.value - value) <= 0.01 * scale for entry, value in zip(sample, found, strict=True))
+
+
+class Frozen(NamedTuple):
+    """What is known of a weight with its originals in place: its `fingerprint`, and the precision that it was of.
+
+    The fingerprint is None where none can be: of weights that others spread over processes, and of those that slices
+    lie beside.
+    """
+
+    fingerprint: Tensor | None
+    dtype: torch.dtype
 
 
 class AdapterState:

@@ -23,6 +23,7 @@ from .delta import Delta
 from .durable import replacing
 from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
+from .guards import check_frozen, refuse_not_finite
 from .layer import SliceLayer
 from .mover import Mover, MoveSettings, check_progress
 from .quantised import Requantised, place_of
@@ -85,6 +86,10 @@ class SliceTuner:
         """Take back the last visits."""
         self.mover.undo(moves)
 
+    def restart(self) -> None:
+        """Take back what the current visit trained; see `slicefine.Mover.restart`."""
+        self.mover.restart()
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model with its original weights, bit for bit, for as long as the context lasts."""
@@ -117,8 +122,13 @@ class SliceTuner:
                 them: a warning says how much, and `merge_errors` before.
 
         Raises:
-            UnsupportedError: if a weight's format cannot be quantised anew; nothing has changed then.
+            UnsupportedError: if a weight's format cannot be quantised anew.
+            ContentError: if something else changed frozen entries during the training (`slicefine.accept_weights`).
+            NumericalError: if slices that are to be merged are NaN or infinite. Nothing has changed after an error.
         """
+        check_frozen(self.layers.values(), "unload")
+        if merge:
+            refuse_not_finite({name: layer.values(_NAME) for name, layer in self.layers.items()}, "unload")
         for layer in self.layers.values() if merge else ():
             layer.check_fold()  # all of them before the first one changes
         lost: dict[str, Requantised] = {}
@@ -142,12 +152,16 @@ class SliceTuner:
 
         Raises:
             ConfigError: if the file cannot be written; an earlier one is still there then.
+            ContentError: if something else changed frozen entries during the training (`slicefine.accept_weights`).
+            NumericalError: if a slice is NaN or infinite (`restart`). Nothing is written after an error.
         """
+        check_frozen(self.layers.values(), f"save {path}")
         tensors = {}
         for name, layer in self.layers.items():
             for kind, tensor in file_tensors(layer, _NAME).items():
                 tensors[f"{name}.slicefine_{kind}"] = tensor.contiguous().cpu()
             tensors[f"{name}.slicefine_active"] = layer.values(_NAME).contiguous().cpu()
+        refuse_not_finite(tensors, f"save {path}")
         if any(is_sharded(layer.parameter(_NAME)) for layer in self.layers.values()) and get_rank() != 0:
             return
         beside = [name for name, layer in self.layers.items() if layer.packed is not None]
@@ -254,7 +268,8 @@ def attach(
         whole_heads: slices of attention's projections are whole heads: ranks are rounded up to the head size.
         coupled: train both sides of the same hidden units at a time, with ``r_row``: rows of up with the columns of
             down, rows of values with the columns of outputs.
-        **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps.
+        **moves: settings of `MoveSettings`: moves, interval, total_steps, minimum_steps, state_policy, rewarm_steps,
+            on_nonfinite.
 
     Raises:
         ConfigError: for a setting that is wrong, or if no layer matches.

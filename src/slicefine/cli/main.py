@@ -32,9 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f'slicefine: {error}; the command line needs it. Run: pip install "slicefine[train]"', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("slicefine: interrupted; a run that has a checkpoint goes on with --resume", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        notes = getattr(stop, "__notes__", [])
+        if isinstance(stop, SystemExit) and not notes:  # --help, or a wrong argument
+            raise
+        print(f"slicefine: interrupted. {' '.join(notes)}".rstrip(), file=sys.stderr)
+        return int(getattr(stop, "code", 130))
 
 
 def _run(argv: Sequence[str]) -> int:

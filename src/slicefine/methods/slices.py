@@ -24,6 +24,7 @@ _OPTIONS = {
     "minimum_steps": 50,
     "state_policy": "reset",
     "rewarm_steps": 10,
+    "on_nonfinite": "raise",
     "window": None,
     "window_order": "top-down",
     "window_dwell": "uniform",

@@ -8,7 +8,8 @@ from .config import SliceFineConfig
 from .layer import SliceFineLinear
 from .model import SliceFineModel
 from .registration import register
+from .stopping import StopOnSignal
 
 register(SliceFineConfig, SliceFineModel)
 
-__all__ = ["SliceFineCallback", "SliceFineConfig", "SliceFineLinear", "SliceFineModel"]
+__all__ = ["SliceFineCallback", "SliceFineConfig", "SliceFineLinear", "SliceFineModel", "StopOnSignal"]

@@ -4,30 +4,87 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.trainer_callback import TrainerCallback
+import torch
+from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ..mover import movers_of
 
-__all__ = ["SliceFineCallback"]
+__all__ = ["SliceFineCallback", "kept_by"]
 
 
-class SliceFineCallback(TrainerCallback):
+class SliceFineCallback(TrainerCallback, ExportableState):
     """Give every SliceFine adapter of the model the run's total steps and the steps done before a resume.
 
     ``Trainer`` gets it by itself; pass it to loops that take transformers callbacks but are not a ``Trainer``.
+
+    A checkpoint's ``trainer_state.json`` carries two facts of it that a resumed run needs to be the same one: the step
+    of each adapter at which the run began, and the random state at the epoch's start, from which samplers that group
+    by length draw the epoch's order (transformers keeps the state at the checkpoint only).
     """
 
+    def __init__(self) -> None:
+        self.any_model = False  # look after the order of epochs for models without slices, too
+        self.starts: dict[str, int] = {}
+        self.epoch_began = ""
+        self._resumed_epoch = ""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"starts": dict(self.starts), "epoch_began": self.epoch_began}}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        found = kept_by(self, state) if state.global_step else {}
+        starts = found.get("starts", {})
+        self._resumed_epoch = found.get("epoch_began", "")
         for mover in movers_of(model) if model is not None else []:
-            mover.begin_run(state.max_steps, done=state.global_step)
+            mover.begin_run(state.max_steps, done=state.global_step, start=starts.get(mover.name))
+            self.starts[mover.name] = mover.run_start
             for entry in state.log_history if state.global_step else []:  # a resumed run's, from before
                 mover.note(entry.get("step"), **_measured(entry))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Draw the order of the epoch that a checkpoint broke off as it was drawn; note the random state of others."""
+        if not self.any_model and not (model is not None and movers_of(model)):
+            return
+        if self._resumed_epoch:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self._resumed_epoch), dtype=torch.uint8))
+        self._resumed_epoch = ""
+        self._note_epoch()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the last step of an epoch a checkpoint belongs to the next one."""
+        if self.epoch_began and float(state.epoch or 0.0).is_integer():
+            self._note_epoch()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation draws random numbers."""
+        self.on_step_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         """Note the loss and the metrics with the visit that they belong to."""
         found = _measured(logs or {})
         for mover in movers_of(model) if found and model is not None else []:
             mover.note(state.global_step, **found)
+
+    def _note_epoch(self) -> None:
+        self.epoch_began = torch.get_rng_state().numpy().tobytes().hex()
+
+
+def kept_by(callback: Any, state: Any) -> dict[str, Any]:
+    """What a checkpoint kept of a callback; nothing if it was written without it.
+
+    Args:
+        callback: an ``ExportableState``.
+        state: of the ``Trainer``; it is given the callback's name, which ``Trainer`` takes for granted when it saves.
+    """
+    name = type(callback).__name__
+    if name not in state.stateful_callbacks:
+        state.stateful_callbacks[name] = callback.state()
+        return {}
+    found = state.stateful_callbacks[name]
+    last = found[-1] if isinstance(found, list) else found  # a callback that was given twice
+    attributes: dict[str, Any] = last.get("attributes", {})
+    return attributes
 
 
 def _measured(logs: dict[str, Any]) -> dict[str, float]:

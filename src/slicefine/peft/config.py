@@ -59,6 +59,8 @@ class SliceFineConfig(PeftConfig):
         minimum_steps: see ``moves``.
         state_policy: optimizer state at a move: ``"reset"``, ``"rewarm"`` or ``"keep"``.
         rewarm_steps: length of the ramp of ``"rewarm"``.
+        on_nonfinite: ``"raise"`` stops when a slice turned out to be NaN or infinite, ``"skip"`` leaves optimizer steps
+            with NaN or infinite gradients out (one synchronisation per step).
         window: train only the layers of a moving group of blocks: how many (an int), or which share of them (a float);
             backward stops at its lower edge. None trains all layers at once. See `slicefine.window.Window`.
         window_order: ``"top-down"``, ``"bottom-up"``, ``"random"`` or ``"fixed"`` (the top window stays).
@@ -111,6 +113,7 @@ class SliceFineConfig(PeftConfig):
     minimum_steps: int = field(default=50, metadata={"help": "Least steps per position when moves is given."})
     state_policy: str = field(default="reset", metadata={"help": "Optimizer state at a move."})
     rewarm_steps: int = field(default=10, metadata={"help": "Length of the ramp of rewarm."})
+    on_nonfinite: str = field(default="raise", metadata={"help": "raise, or skip steps with NaN gradients."})
     window: float | None = field(default=None, metadata={"help": "Blocks that train at a time (int), or their share."})
     window_order: str = field(default="top-down", metadata={"help": "top-down, bottom-up, random or fixed."})
     window_dwell: Any = field(default="uniform", metadata={"help": "uniform, top-heavy, or visits per window."})
@@ -247,6 +250,7 @@ class SliceFineConfig(PeftConfig):
             self.state_policy,
             self.rewarm_steps,
             make_window(self.window, self.window_order, self.window_dwell, self.seed),
+            self.on_nonfinite,
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ..coupling import check_coupled, fitted, structure
 from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
+from ..guards import check_frozen, refuse_not_finite
 from ..layer import SliceLayer
 from ..mover import Mover, check_progress
 from ..quantised import format_of, place_of
@@ -241,6 +242,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's; quantised weights are checked before the first one changes, and what they lost is said."""
         layers = dict(_sliced_layers(self.model))
+        check_frozen(layers.values(), "merge_and_unload" if merge else "unload")
         for layer in layers.values() if merge else ():
             layer.check_fold()
         model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
@@ -350,6 +352,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """PEFT's selection, plus the tensors' shapes in the configuration, for loaders that compare shapes first."""
         layers = list(_sliced_layers(model, adapter_name))
+        check_frozen([layer for _, layer in layers], f"save adapter {adapter_name!r}")
         if any(layer.states[adapter_name].layout for _, layer in layers):  # a file was announced and never came
             for _, layer in layers:
                 layer.states[adapter_name].layout = {}
@@ -375,6 +378,8 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
                 config.weights[name] = weight_facts(layer, adapter_name) | ({} if path == name else {"path": path})
+        slices = {key: tensor for key, tensor in result.items() if cls.prefix in key}
+        refuse_not_finite(slices, f"save adapter {adapter_name!r}")
         return result
 
     @classmethod

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..charts import plain
 from ..errors import ConfigError
+from ..peft.stopping import Interrupted, raising_on_sigterm
 from ..plots import save_chart
 from .results import Difference, Entry, Summary, differences, row_averages, summaries, sweep_chart, table_entries
 from .run import run_sweep
@@ -28,6 +29,7 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
 
     Raises:
         ConfigError: for a setting that is wrong.
+        Interrupted: by SIGTERM; as after Ctrl-C, finished runs are kept, and a note says how to go on.
     """
     console = console or Console(width=None if Console().is_terminal else 140)
     if settings.search_only:
@@ -42,7 +44,15 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output={settings.output!r} cannot be written ({error}). Choose another folder.") from error
-    outcomes = run_sweep(settings, folder, console)
+    try:
+        with raising_on_sigterm():
+            outcomes = run_sweep(settings, folder, console)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        from ..training.run import this_command
+
+        same = this_command("sweep", "reproduce")
+        stop.add_note(f"Finished runs are kept in {folder}. Go on with {'the same call' if same is None else same}.")
+        raise
     if not outcomes:
         raise ConfigError(f"no run of the sweep succeeded; {folder / 'runs'} says why.")
     found = summaries(settings, outcomes)

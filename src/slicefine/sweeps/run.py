@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -157,13 +158,24 @@ class _Pool:
         self.settings, self.folder, self.console, self.deadline = settings, folder, console, deadline
         self.left = settings.limit
         self.executor: ProcessPoolExecutor | None = None
+        self.others: list[Any] = []  # child processes that are no workers
 
     def __enter__(self) -> _Pool:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.executor is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.executor is None:
+            return
+        ended = kind is not None and not issubclass(kind, Exception)  # by a signal: runs under way are made again
+        workers = [child for child in multiprocessing.active_children() if child not in self.others]
+        for worker in workers if ended else ():
+            worker.terminate()
+        try:
             self.executor.shutdown(wait=True, cancel_futures=True)
+        except (KeyboardInterrupt, SystemExit):  # once more: at once
+            for worker in workers:
+                worker.kill()
+            raise
 
     def make(self, runs: Iterable[Run]) -> None:
         """Make those of the runs that have no result."""
@@ -189,6 +201,7 @@ class _Pool:
             for number in range(self.settings.workers):
                 numbers.put(number)
             workers = self.settings.workers
+            self.others = multiprocessing.active_children()
             self.executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(numbers, workers))
         waiting: dict[Future[Outcome], Run] = {}
         more = True
@@ -216,6 +229,7 @@ class _Pool:
 def _prepare(numbers: Any, workers: int) -> None:
     """In each worker: its own device, its share of the cores, and an end with the sweep, however that ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent tells the workers to end
     number = numbers.get()
     devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     import torch

@@ -136,6 +136,7 @@ class TaskSettings:
         metric: the metric that decides which checkpoint is best; None takes the task's own.
         max_length: longest sequence in tokens; None takes the model's limit, at most 512.
         labels: class names, in the order of their numbers; None takes them from the train set.
+        center: text-regression: start a new head at the mean of the train set's targets instead of zero.
         packing: causal-lm, plain text: join the texts and cut them into full sequences.
         template: causal-lm with answers: the prompt, with column names in braces; None is "{prompt}",
             and for reasoning the template of LLM-Adapters.
@@ -154,6 +155,7 @@ class TaskSettings:
     metric: str | None = None
     max_length: int | None = None
     labels: list[str] | None = None
+    center: bool = True
     packing: bool = True
     template: str | None = None
     prompt_loss: bool = False

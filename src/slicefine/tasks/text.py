@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import Any
 
 from ..errors import DataError
@@ -96,6 +97,7 @@ class TextRegression(_SequenceTask):
     name = "text-regression"
     metrics = REGRESSION
     minimise = frozenset({"rmse"})
+    mean: float | None = None  # of the train set's targets
 
     def read(self, splits: dict[str, Any]) -> None:
         """Check the columns and that every target is a finite number."""
@@ -108,10 +110,22 @@ class TextRegression(_SequenceTask):
                         f"{split} set, row {row}: target {value!r} in column {self.columns.label!r} is no finite "
                         "number. Correct or drop the row; for classes use task.name: text-classification."
                     )
+        if "train" in splits:
+            self.mean = fmean(splits["train"][self.columns.label])
 
     def load(self) -> Loaded:
-        """A sequence classifier with one output."""
-        return self._load(num_labels=1, problem_type="regression")
+        """A sequence classifier with one output; a new head starts at the mean of the train set's targets.
+
+        A head that starts at zero gets gradients of one sign from every row until its bias has grown to that mean, and
+        all other trained weights follow them meanwhile (docs/results/accuracy.md, regression).
+        """
+        loaded = self._load(num_labels=1, problem_type="regression")
+        if self.task.center and self.mean is not None:
+            for name, parameter in loaded.model.named_parameters():
+                new = any(name.startswith(f"{module}.") for module in loaded.new_modules)
+                if new and name.endswith("bias") and parameter.numel() == 1:
+                    parameter.data.fill_(self.mean)
+        return loaded
 
     def _targets(self, values: list[Any]) -> list[Any]:
         return [float(value) for value in values]

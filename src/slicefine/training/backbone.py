@@ -15,12 +15,12 @@ from ..files.writing import atomic_folder
 from ..geometry import Slice
 from ..mover import movers_of
 from ..tasks.base import Loaded, Prepared, Task
+from .continuing import Record
 from .forecast import planned_slices
 from .methods import make_trainable, measured_positions
 from .plan import moves_of
 from .session import Session, open_task
 from .settings import BackboneSettings, TrainSettings
-from .trainer import Record
 
 __all__ = ["BASE", "change_backbone", "with_changed_backbone"]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +33,17 @@ __all__ = [
 ENERGY_BATCHES = 8  # with 64, 97% of the first nine blocks are the same (docs/results/accuracy.md)
 
 
-def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared: Prepared) -> Any:
+def make_trainable(
+    loaded: Loaded, task: Task, settings: TrainSettings, prepared: Prepared, checkpoint: Path | None = None
+) -> Any:
     """The model to train; it shares the weights of ``loaded.model``.
+
+    Args:
+        loaded: base model and processor.
+        task: the task.
+        settings: the recipe.
+        prepared: the data sets.
+        checkpoint: of the run to go on with, whose measured positions are kept; another machine could find others.
 
     Raises:
         ConfigError: if no layer matches, or the method does not fit the task.
@@ -40,7 +51,9 @@ def make_trainable(loaded: Loaded, task: Task, settings: TrainSettings, prepared
     """
     method = settings.chosen_method
     if method.name == "slicefine":
-        options = _slice_options(loaded, settings, measured_positions(loaded, settings, prepared))
+        kept = _kept_positions(checkpoint) if settings.slice.measured else None
+        positions = measured_positions(loaded, settings, prepared) if kept is None else kept
+        options = _slice_options(loaded, settings, positions)
     else:
         options = options_of(method, settings.method.options)
     steps = planned_steps(settings, len(prepared.splits["train"]))
@@ -178,6 +191,12 @@ def measured_positions(loaded: Loaded, settings: TrainSettings, prepared: Prepar
         positions = positions_by_importance(loaded, settings, prepared, lambda name: _ranks(chosen, name))
     first: dict[str, dict[str, list[int]]] = broadcast_object_list([positions])[0]  # the same in every process
     return first
+
+
+def _kept_positions(checkpoint: Path | None) -> Any:
+    """Positions in the adapter of a checkpoint; None if there are none."""
+    file = None if checkpoint is None else checkpoint / "adapter_config.json"
+    return json.loads(file.read_text()).get("positions") if file is not None and file.is_file() else None
 
 
 def _by_energy(model: Any, batches: Iterator[dict[str, Any]], chosen: SliceSettings) -> dict[str, dict[str, list[int]]]:

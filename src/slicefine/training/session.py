@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -16,10 +17,11 @@ from ..errors import ConfigError
 from ..tasks import Loaded, Prepared, Task, get_task
 from ..tasks.general import General, general_of
 from ..tasks.sources import load_splits
+from .continuing import Patience, Record, SaveEvery
 from .methods import make_trainable, new_parameters, planned_steps, to_device
 from .screen import Screen
 from .settings import TrainSettings
-from .trainer import Record, SliceTrainer
+from .trainer import SliceTrainer
 
 __all__ = ["Session", "build", "compute_with", "main_metric", "measure", "open_task"]
 
@@ -54,9 +56,11 @@ class Session:
     def trainer(self, folder: str, screen: Screen | None = None) -> SliceTrainer:
         """The Trainer; its checkpoints go to ``folder``."""
         splits, settings = self.prepared.splits, self.settings
-        callbacks: list[Any] = [self.record]
+        callbacks: list[Any] = []
         if settings.training.early_stopping is not None:
-            callbacks.append(EarlyStoppingCallback(settings.training.early_stopping))
+            callbacks.append(Patience(settings.training.early_stopping))
+        if settings.training.save_steps is not None:
+            callbacks.append(SaveEvery(settings.training.save_steps))
         arguments = _arguments(self, folder)
         _check_reports(arguments.report_to)
         trainer = SliceTrainer(
@@ -69,6 +73,8 @@ class Session:
             compute_metrics=compute_with(self.task),
             preprocess_logits_for_metrics=self.prepared.preprocess_logits,
             callbacks=callbacks,
+            record=self.record,
+            save_limit=settings.training.save_limit,
             head_parameters=new_parameters(self.model, self.loaded),
             head_rate=settings.training.head_learning_rate,
             method=settings.chosen_method,
@@ -92,12 +98,13 @@ def open_task(settings: TrainSettings) -> tuple[Task, dict[str, Any]]:
     return task, load_splits(settings.data, check=task.read)
 
 
-def build(settings: TrainSettings, general: bool = False) -> Session:
+def build(settings: TrainSettings, general: bool = False, checkpoint: Path | None = None) -> Session:
     """Load data and model and apply the method.
 
     Args:
         settings: the recipe.
         general: measure the base on general text first, if the recipe names some; a plan does without.
+        checkpoint: of the run to go on with.
 
     Raises:
         ConfigError: if a setting does not fit.
@@ -116,7 +123,7 @@ def build(settings: TrainSettings, general: bool = False) -> Session:
     if general and settings.task.general is not None:  # on the base: some methods change its outputs at once
         to_device(loaded)
         found = general_of(loaded.model, loaded.processor, settings.task)
-    model = make_trainable(loaded, task, settings, prepared)
+    model = make_trainable(loaded, task, settings, prepared, checkpoint)
     return Session(settings, task, loaded, model, prepared, Record(), found)
 
 
@@ -157,7 +164,7 @@ def _arguments(session: Session, folder: str) -> TrainingArguments:
     if training.group_by_length and optional.get("remove_unused_columns", True):
         by_name = "train_sampling_strategy" in known
         optional |= {"train_sampling_strategy": "group_by_length"} if by_name else {"group_by_length": True}
-    if every == "steps":
+    if training.evaluate == "steps":
         optional |= {"eval_steps": training.evaluate_steps, "save_steps": training.evaluate_steps}
     if training.gradient_checkpointing:
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -181,7 +188,6 @@ def _arguments(session: Session, folder: str) -> TrainingArguments:
             seed=training.seed,
             eval_strategy=every,
             save_strategy=training.evaluate if every == "no" else every,
-            save_total_limit=training.save_limit,
             load_best_model_at_end=training.load_best and every != "no",
             metric_for_best_model=f"eval_{metric}",
             greater_is_better=more,

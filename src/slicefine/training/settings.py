@@ -98,6 +98,7 @@ class SliceSettings:
         minimum_steps: with moves, steps that a position gets at least.
         state_policy: optimizer state at a move: reset, rewarm or keep.
         rewarm_steps: length of the ramp of rewarm.
+        on_nonfinite: raise stops at a NaN or infinite loss or slice; skip leaves steps with such gradients out.
         window: train only the layers of a moving group of blocks: how many (2), or which share of them (0.5); backward
             stops at its lower edge. None trains all layers at once.
         window_order: top-down, bottom-up, random, or fixed (the top window stays).
@@ -130,6 +131,7 @@ class SliceSettings:
     minimum_steps: int = 50
     state_policy: str = "reset"
     rewarm_steps: int = 10
+    on_nonfinite: str = "raise"
     window: int | float | None = None
     window_order: str = "top-down"
     window_dwell: str | list[int] = "uniform"
@@ -165,7 +167,14 @@ class SliceSettings:
         try:
             window = make_window(self.window, self.window_order, self.window_dwell, self.seed or 0)
             moves = MoveSettings(
-                self.moves, self.interval, None, self.minimum_steps, self.state_policy, self.rewarm_steps, window
+                self.moves,
+                self.interval,
+                None,
+                self.minimum_steps,
+                self.state_policy,
+                self.rewarm_steps,
+                window,
+                self.on_nonfinite,
             )
             positions = "sweep" if self.measured else self.positions
             share = None if self.share is None else (self.share[0], self.share[1])
@@ -247,6 +256,7 @@ class TrainingSettings:
         evaluate_before: measure the metric before training as well.
         load_best: end with the best checkpoint instead of the last one.
         early_stopping: stop after this many evaluations without a better metric.
+        save_steps: optimizer steps between checkpoints, beside those at evaluations; None writes these only.
         save_limit: checkpoints to keep, beside the best one.
         group_by_length: batch texts of similar length, which saves padding.
         logging_steps: optimizer steps between entries of the loss curve.
@@ -275,6 +285,7 @@ class TrainingSettings:
     evaluate_before: bool = True
     load_best: bool = True
     early_stopping: int | None = None
+    save_steps: int | None = None
     save_limit: int = 1
     group_by_length: bool = True
     logging_steps: int = 10
@@ -285,7 +296,7 @@ class TrainingSettings:
         for name in ("batch_size", "gradient_accumulation", "logging_steps", "save_limit"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)!r} must be at least 1.")
-        for name in ("max_steps", "eval_batch_size", "early_stopping", "evaluate_steps"):
+        for name in ("max_steps", "eval_batch_size", "early_stopping", "evaluate_steps", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"training.{name}={value!r} must be at least 1; leave it out for the default.")

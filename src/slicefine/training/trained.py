@@ -47,6 +47,10 @@ def save_trained(session: Session, folder: Path) -> None:
         save_tensors(session.model, method, options_of(method, settings.method.options), folder)
     else:
         session.model.save_pretrained(folder)
+    tokenizer = getattr(session.loaded.processor, "backend_tokenizer", None)
+    if tokenizer is not None:  # it keeps what its last call cut off, and rows that are cached on disk need no call
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     session.loaded.processor.save_pretrained(folder)
     content = {
         "version": FORMAT_VERSION,

@@ -1,9 +1,9 @@
-"""transformers' Trainer with small additions: a method's own rates and penalty, a stop at NaN, a record of the run."""
+"""transformers' Trainer with additions: a method's own rates and penalty, a stop at NaN, checkpoints that are whole."""
 
 from __future__ import annotations
 
 import math
-import time
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ConfigError, NumericalError
+from ..files.writing import atomic_folder
 from ..methods import Method, options_of
-from ..mover import movers_of
+from ..peft.callback import SliceFineCallback
+from .continuing import Continued, Patience, Record, remove_checkpoints
 
-__all__ = ["Record", "SliceTrainer", "check_weights"]
+__all__ = ["SliceTrainer", "check_weights"]
 
 _REMEDY = (
     "Nothing was saved after the last whole checkpoint. Lower training.learning_rate, clip gradients "
@@ -23,9 +25,11 @@ _REMEDY = (
 
 
 class SliceTrainer(Trainer):  # type: ignore[misc]
-    """Trainer that does what the method asks for, and stops at the first loss that is not finite.
+    """Trainer that does what the method asks for, stops at the first loss that is not finite, and resumes exactly.
 
     Args:
+        record: of times and moves.
+        save_limit: checkpoints to keep, beside the best one.
         head_parameters: of the new head.
         head_rate: the head's own learning rate; None is everyone's.
         method: whose rates, optimizer, penalty and work after each step are used.
@@ -35,6 +39,8 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         *args: Any,
+        record: Record,
+        save_limit: int,
         head_parameters: list[Any],
         head_rate: float | None,
         method: Method,
@@ -42,15 +48,23 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._save_limit = save_limit
+        self._aside: Path | None = None  # where a checkpoint is being written
+        self.trained = False  # all steps are made, and everything is logged
         self._head = {id(parameter) for parameter in head_parameters}
         self._head_rate = head_rate
         self._method = method
         self._options = dict(options) if method.name == "slicefine" else options_of(method, options)
         if method.after_step is not None:
             self.add_callback(_AfterStep(method.after_step))
+        self._record = record
+        for callback in (record, Continued(self)):
+            self.add_callback(callback)
+        self._know_epochs()
         # reading a loss waits for a GPU, so there it is read when the loss is logged; a move checks the slices anyway
         self.check_every = 1 if self.args.device.type == "cpu" else max(1, int(self.args.logging_steps))
         self._bad: Any = None
+        self._skips = any(m.settings.on_nonfinite == "skip" for m in movers_of(cast(nn.Module, self.model)))
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', then the head's parameters go into groups with their own rate."""
@@ -97,7 +111,7 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
         bad = ~torch.isfinite(loss)
         self._bad = bad if self._bad is None else self._bad | bad
         step = self.state.global_step + 1
-        if step % self.check_every == 0 and bool(self._bad):
+        if not self._skips and step % self.check_every == 0 and bool(self._bad):
             found = f"step {step}: the loss is {float(loss)}"
             if self.check_every > 1:
                 found = f"steps {step - self.check_every + 1} to {step}: a loss is not finite"
@@ -106,10 +120,66 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', which would take one more step when the resumed run has made all of them already."""
-        if self.state.global_step >= self.state.max_steps > 0:
+        patience = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Patience)]
+        if self.state.global_step >= self.state.max_steps > 0 or any(callback.over for callback in patience):
             self.control.should_training_stop = True
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        """As transformers', of all parts of a run that was resumed."""
+        self.trained = True
+        began = start_time - self._record.seconds_before
+        return super()._finalize_training(trial, num_train_samples, began)  # type: ignore[no-untyped-call]
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint of the last step, unless it is there."""
+        found = self._place()
+        if not found.is_dir():
+            self._save_checkpoint(self.model_wrapped, None)
+        return found
+
+    def keep_last_checkpoints(self) -> None:
+        """After a run: of the best checkpoint and a single last one, the best one is kept."""
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self._save_limit == 1:
+            remove_checkpoints(self._place().parent, {Path(best).name})
+
+    def _place(self) -> Path:
+        return Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)  # type: ignore[no-untyped-call]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As transformers', into a folder beside, which takes the checkpoint's name when it is whole."""
+        if self.args.world_size > 1:
+            super()._save_checkpoint(model, trial)
+            return
+        place = self._place()
+        best = place.with_name(f"checkpoint-{self.state.best_global_step}")
+        with atomic_folder(place) as aside:
+            self._aside = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            if best == place or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+            inner = aside / place.name
+            self.state.save_to_json(str(inner / "trainer_state.json"))
+            for path in list(inner.iterdir()):
+                path.rename(aside / path.name)
+            inner.rmdir()
+        remove_checkpoints(place.parent, {place.name, best.name}, self._save_limit)
+
+    def _know_epochs(self) -> None:
+        """Checkpoints know an epoch's order for every method."""
+        if not any(isinstance(callback, SliceFineCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(SliceFineCallback())
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, SliceFineCallback):
+                callback.any_model = True
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; raises `NumericalError` before a model that is no longer sound is saved."""
@@ -151,33 +221,3 @@ def check_weights(model: Any, step: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(parameter.isfinite().all()):
             raise NumericalError(f"step {step}: {name} is no longer finite. {_REMEDY}")
-
-
-class Record(TrainerCallback):  # type: ignore[misc]
-    """Notes how long optimizer steps take and after which steps the slices moved."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.moves: list[int] = []
-        self._began = 0.0
-        self._visits = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Take over the moves of the run that is resumed."""
-        for mover in movers_of(model)[:1]:
-            layer = next(iter(mover.layers.values()))
-            visits = layer.states[mover.name].journal.visits
-            self.moves = [visit.first_step - 1 for visit in visits[1:]]
-            self._visits = len(visits)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Stop the clock; note a move."""
-        self.seconds.append(time.perf_counter() - self._began)
-        movers = movers_of(model)
-        if movers and movers[0].visits != self._visits:
-            self._visits = movers[0].visits
-            self.moves.append(state.global_step)

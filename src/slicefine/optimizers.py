@@ -1,0 +1,75 @@
+"""What the mover has to know of optimizers: whose state can be reset at a move and how, and which are refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from .sharded import whole
+
+__all__ = ["FACTORED", "REFUSED", "creates_state", "reset_optimizer_state"]
+
+# optimizer state that starts at zero: zeroing it in place equals a fresh state and keeps captured graphs valid
+ZERO_STATE = frozenset(
+    {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "square_avg",
+        "grad_avg",
+        "momentum_buffer",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "row_var",
+        "col_var",
+        "variance",
+    }
+)
+# whole-tensor statistics would mix the padding of an oblong alternate block into the update
+FACTORED = ("Adafactor",)
+REFUSED = {
+    "LBFGS": "it evaluates the loss several times per step and keeps a history across moves",
+    "SparseAdam": "it needs sparse gradients",
+    "Muon": "it orthogonalises whole matrices, which a slice of a matrix is not",
+}
+
+
+def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
+    """Give one parameter the optimizer state of a new one: moments, Adam's step count, quantised states.
+
+    State that starts at zero is zeroed in place; anything else is dropped, so that the optimizer rebuilds it.
+    Keeping the step count would make Adam's first update about three times too large.
+    """
+    state = optimizer.state.get(parameter)
+    if not state:
+        return
+    tensors = {key: value for key, value in state.items() if value is not None}
+    known = all(
+        key in ZERO_STATE and (not isinstance(v, Tensor) or v.is_floating_point()) for key, v in tensors.items()
+    )
+    damped = any(group.get("dampening", 0) for group in optimizer.param_groups)  # SGD: its first step is undamped
+    if isinstance(optimizer, torch.optim.Adagrad):  # it creates its state once, in its constructor
+        group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        state["sum"].fill_(group["initial_accumulator_value"])
+        state["step"].zero_()
+        return
+    if not known or damped:
+        optimizer.state.pop(parameter)
+        return
+    for key, value in tensors.items():
+        if isinstance(value, Tensor):
+            value.zero_()
+        else:
+            state[key] = 0
+
+
+def creates_state(optimizer: Optimizer, parameters: list[Tensor]) -> bool:
+    """Whether a step was one that torch.distributed.checkpoint makes to create state: no rate, zeros as gradients."""
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) != 0.0 for rate in rates):
+        return False
+    gradients = [parameter.grad for parameter in parameters]
+    return not any(bool(gradient.any()) for gradient in whole([g for g in gradients if g is not None]))
