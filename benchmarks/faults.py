@@ -228,6 +228,13 @@ def _read_adapter(folder: Path) -> dict[str, str]:
     return _files(find_adapter(folder))
 
 
+def _read_saved(folder: Path) -> dict[str, str]:
+    found = _read_adapter(folder)
+    if "import slicefine" not in (folder / "README.md").read_text():
+        raise AssertionError("the model card is cut off")
+    return {name: digest for name, digest in found.items() if name != "README.md"}  # PEFT adds to it at each save
+
+
 def _read_lora(folder: Path) -> dict[str, str]:
     folder = find_adapter(folder)
     read_lora(folder)
@@ -258,7 +265,7 @@ def _peft(folder: Path, number: int) -> None:
 
 WRITERS = {
     "tuner.save": Writer(lambda folder, n: _tuner(n).save(folder / "t.safetensors"), _read_tuner),
-    "PEFT save_pretrained": Writer(_peft, _read_adapter),
+    "PEFT save_pretrained": Writer(_peft, _read_saved),
     "adapter folder (train, compose, undo)": Writer(
         lambda folder, n: write_adapter(_adapter(n), folder), _read_adapter
     ),

@@ -35,13 +35,10 @@ def main() -> int:
     parser.add_argument("target", choices=("adapter", "config", "recipe"))
     parser.add_argument("--seconds", type=int, default=1200)
     parser.add_argument("--corpus", type=Path, help="Working copy that grows; a temporary folder by default.")
-    parser.add_argument("--minimise", action="store_true", help="Add to the committed corpus what widens its coverage.")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.inside:
-        return fuzz(chosen.target, chosen.corpus, chosen.seconds, chosen.minimise)
-    if chosen.minimise:
-        return fuzz(chosen.target, chosen.corpus, 0, minimise=True)
+        return fuzz(chosen.target, chosen.corpus, chosen.seconds)
     corpus = chosen.corpus or Path(tempfile.mkdtemp(prefix=f"fuzz-{chosen.target}-"))
     corpus.mkdir(parents=True, exist_ok=True)
     words = [
@@ -61,7 +58,7 @@ def main() -> int:
     return done.returncode
 
 
-def fuzz(target: str, corpus: Path, seconds: int, minimise: bool = False) -> int:
+def fuzz(target: str, corpus: Path, seconds: int) -> int:
     """Inside: instrument slicefine, load the target, and hand over to libFuzzer."""
     import atheris
 
@@ -92,7 +89,7 @@ def fuzz(target: str, corpus: Path, seconds: int, minimise: bool = False) -> int
 
     options = ["-timeout=20", "-rss_limit_mb=6000", "-max_len=16384", "-print_final_stats=1"]
     seeds = str(HERE / "corpus" / target)
-    options += ["-merge=1", seeds, str(corpus)] if minimise else [f"-max_total_time={seconds}", str(corpus), seeds]
+    options += [f"-max_total_time={seconds}", str(corpus), seeds]
     atheris.Setup([sys.argv[0], *options], targets.TARGETS[target], custom_mutator=mutate)
     atheris.Fuzz()
     return 0
