@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from ..errors import ConfigError, NumericalError
 from ..files.writing import atomic_folder
 from ..methods import Method, options_of
+from ..mover import movers_of
 from ..peft.callback import SliceFineCallback
 from .continuing import Continued, Patience, Record, remove_checkpoints
 
