@@ -22,6 +22,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -635,9 +636,8 @@ class PeftMachine(Machine):
         return get_peft_model(model, self.config(mode), adapter_name=self.active)  # type: ignore[arg-type]
 
     def save_to(self, path: Path) -> None:
-        self.model.create_or_update_model_card = lambda folder: None  # slow, and not what this is about
-        self.model.save_pretrained(path, selected_adapters=[self.active])
-        del self.model.create_or_update_model_card
+        with mock.patch.object(PeftModel, "create_or_update_model_card"):  # slow, and not what this is about
+            self.model.save_pretrained(path, selected_adapters=[self.active])
 
     def load_new(self, path: Path, mode: str) -> Any:
         folder = path if self.active == "default" else path / self.active
