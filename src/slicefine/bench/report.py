@@ -24,12 +24,14 @@ __all__ = ["draw", "environment", "print_result", "write_json"]
 def print_result(result: ShapeResult, settings: BenchSettings, console: Console) -> None:
     """Print one shape's table, with the floor's distance from itself below."""
     shape = result.shape
-    size = f"{shape.batch} x {shape.length} tokens" if shape.items[1] == "tokens" else f"{shape.batch} {shape.items[1]}"
+    batch = (
+        f"{shape.batch} x {shape.length} tokens" if shape.items[1] == "tokens" else f"{shape.batch} {shape.items[1]}"
+    )
     flags = [f"{settings.loop} loop"] + [
         name for name in ("checkpointing", "reentrant", "compiled", "lm_head", "keep_memory") if getattr(settings, name)
     ]
     table = Table(
-        title=f"{shape.name}: {shape.layers} layers, width {shape.width}, batch {size}, {settings.dtype}, "
+        title=f"{shape.name}: {shape.layers} layers, width {shape.width}, batch {batch}, {settings.dtype}, "
         f"{settings.device}, {settings.rounds} rounds, {', '.join(flags)}"
     )
     table.add_column("method", no_wrap=True)

@@ -49,7 +49,7 @@ def run(chosen: Any) -> Any:
     folder = plain.pop("adapter")
     settings = InfoSettings(**plain)
     contents = read_contents(folder)
-    facts = {"folder": str(contents.folder), "config": contents.config, "layers": contents.layers}
+    facts: dict[str, Any] = {"folder": str(contents.folder), "config": contents.config, "layers": contents.layers}
     facts |= {"others": contents.others, "file_bytes": contents.file_bytes}
     print_contents(contents)
     if not (settings.layers or settings.picture or settings.distance):
