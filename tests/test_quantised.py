@@ -210,3 +210,19 @@ def test_half_precision_outside_keeps_an_fp32_master(name):
     assert model(x).dtype == torch.bfloat16
     assert all(parameter.dtype == torch.float32 for parameter in tuner.parameters())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_model_that_is_moved_after_steps_stays_what_it_is(name: str):
+    torch.manual_seed(0)
+    model = quantise(mlp(), name)
+    tuner = attach(model, r=2, mode="column", moves=1, total_steps=8, minimum_steps=1)
+    optimizer = torch.optim.AdamW(tuner.parameters(), lr=1e-2)
+    x, y = batch(0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    before = model(x)
+    model.to(torch.device("cpu"))  # torchao swaps its tensors, which nothing may refer to meanwhile
+    assert torch.equal(model(x), before)

@@ -488,6 +488,8 @@ class SliceAdapters(HeldWeight):
 
     def _apply(self, fn: Any, recurse: bool = True) -> SliceAdapters:
         synced, dtype = {name for name in self.states if self._in_sync(name)}, self.base_weight.dtype
+        for state in self.states.values():  # torchao's tensors are swapped, which nothing that refers to them outlives
+            state.synced = state.base_version = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.base_weight.device
         if self.base_weight.dtype != dtype:
