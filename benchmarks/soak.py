@@ -29,7 +29,7 @@ from slicefine.schedule import Schedule
 from slicefine.training.report import environment
 
 NAME, RANK, BATCHES = "default", 3, 20
-# at the usual 1e-8 two copies of the twin that begin 1e-15 apart are 0.05 apart after 10,000 steps (docs/results/soak.md)
+# at the usual 1e-8 two copies of the twin that begin 1e-15 apart are 0.05 apart after 10,000 steps (results/soak.md)
 EPSILON = 1e-3
 KEYS = ("resident", "tensors", "originals", "file")
 
