@@ -29,7 +29,7 @@ from slicefine.schedule import Schedule
 from slicefine.training.report import environment
 
 NAME, RANK, BATCHES = "default", 3, 20
-# at 1e-8 copies of the twin that begin 1e-15 apart are 0.05 apart after 10,000 steps (docs/results/soak.md)
+# at the usual 1e-8 two copies of the twin that begin 1e-15 apart are 0.05 apart after 10,000 steps (results/soak.md)
 EPSILON = 1e-3
 KEYS = ("resident", "tensors", "originals", "file")
 
@@ -86,8 +86,8 @@ def look(tuner: SliceTuner, folder: str) -> dict[str, int]:
     }
 
 
-def fast(moves: int, interval: int, width: int) -> tuple[SliceTuner, list[float], list[dict[str, int]]]:
-    """The library's own loop, with the processor time of every step and twenty looks."""
+def fast(moves: int, interval: int, width: int, count: int) -> tuple[SliceTuner, list[float], list[dict[str, int]]]:
+    """The library's own loop, with the processor time of every step and ``count`` looks."""
     model, data = make_model(width), make_batches(width)
     tuner = attach(model, mode="alternate", r=RANK, interval=interval)
     optimizer = optimizer_of(tuner.parameters())
@@ -101,7 +101,7 @@ def fast(moves: int, interval: int, width: int) -> tuple[SliceTuner, list[float]
             seconds.append(time.process_time() - began)
             if number % interval == 0:
                 tuner.mover.note(loss=0.0)
-            if number % (interval * max(1, moves // 20)) == 0:
+            if number % (interval * max(1, moves // count)) == 0:
                 looks.append(look(tuner, folder))
     return tuner, seconds, looks
 
@@ -124,10 +124,11 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=2000)
     parser.add_argument("--interval", type=int, default=5, help="steps between moves")
     parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--looks", type=int, default=20, help="how often memory is looked at")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tuner, seconds, looks = fast(args.moves, args.interval, args.width)
+    tuner, seconds, looks = fast(args.moves, args.interval, args.width, args.looks)
     expected = twin(args.moves, args.interval, args.width)
     found = {name: layer.dense() for name, layer in tuner.layers.items()}
     part = max(1, len(seconds) // 10)

@@ -171,7 +171,7 @@ def test_qlora_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    words = ["--moves", "40", "--interval", "2", "--width", "6", "--out", str(tmp_path / "s.json")]
+    words = ["--moves", "40", "--interval", "2", "--width", "6", "--looks", "4", "--out", str(tmp_path / "s.json")]
     monkeypatch.setattr(sys, "argv", ["soak.py", *words])
     runpy.run_path(str(ROOT / "benchmarks" / "soak.py"), run_name="__main__")
     record = json.loads((tmp_path / "s.json").read_text())
