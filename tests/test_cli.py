@@ -92,6 +92,8 @@ def test_the_list_of_commands_is_that_of_the_files():
         (["trian"], "invalid choice: 'trian'. Did you mean train?"),
         (["train", "--data.paht", "x"], "--data.paht x. Did you mean --data.path?"),
         (["train", "--learning-rate=1"], "Did you mean --training.learning_rate?"),
+        (["info", "--layers", "a", "b"], "unrecognized arguments: b. Settings are written as --name value."),
+        (["analyze", "spectra", "--model.path", "own"], 'Parser key "model". Did you mean --model own?'),
     ],
 )
 def test_a_word_that_does_not_exist_names_the_nearest(words: list[str], meant: str, capsys: pytest.CaptureFixture[str]):
@@ -243,6 +245,7 @@ def test_the_verbs_that_read_adapters_refuse_other_folders(tmp_path: Path, capsy
 
 def test_a_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    monkeypatch.delitem(sys.modules, "slicefine.cli.parsing")
     assert main(["train"]) == 2
     assert 'pip install "slicefine[train]"' in capsys.readouterr().err
 

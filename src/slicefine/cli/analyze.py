@@ -21,13 +21,26 @@ STUDIES: dict[str, str] = {
 }
 
 
-_COMMON = ("config", "output", "json", "model.path", "task.name", "data.path", "data.columns.text", "data.limit_train")
+_COMMON = (
+    "config",
+    "output",
+    "json",
+    "model",
+    "model.path",
+    "task.name",
+    "data.path",
+    "data.columns.text",
+    "data.limit_train",
+)
 
 
 def parser() -> VerbParser:
     """Options of `slicefine analyze`; its studies come with `add_studies`."""
     about = "Measure the theory on a model and its data; JSON and pictures beside it."
-    return VerbParser(about=about, examples=("slicefine analyze spectra", "slicefine analyze winners --help"))
+    usage = f"slicefine analyze {{{','.join(STUDIES)}}} [--SETTING VALUE ...]"
+    return VerbParser(
+        usage, about, ("slicefine analyze spectra --model LOCAL_OR_HUB", "slicefine analyze winners --help")
+    )
 
 
 def add_studies(result: VerbParser) -> None:

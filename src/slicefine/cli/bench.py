@@ -14,12 +14,16 @@ _EXAMPLES = (
     "slicefine bench --models roberta --layers 2 --rounds 5",
     "slicefine bench --suite peft --models llama --output results/bench",
 )
+_COMMON = (
+    *("models", "suite", "methods", "rounds", "layers", "batch", "length", "lm_head", "device", "dtype"),
+    *("checkpointing", "compiled", "loop", "memory", "keep_memory", "output", "json"),
+)
 
 
 def parser() -> VerbParser:
     """Options of `slicefine bench`."""
     usage = "slicefine bench [--suite core] [--models roberta,llama] [--SETTING VALUE ...]"
-    result = VerbParser(usage, "Measure step time, memory, files and moves, interleaved.", _EXAMPLES)
+    result = VerbParser(usage, "Measure step time, memory, files and moves, interleaved.", _EXAMPLES, _COMMON)
     result.add_class_arguments(BenchSettings)
     return result
 

@@ -58,14 +58,16 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
         lines = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.description), _WIDTH), ""]
         lines += [*self._examples().splitlines(), "settings that most runs need:"]
         for name in self.common:
-            lines += _entry(known[f"--{name}"])
+            lines += _entry(known[f"--{name}"]) if f"--{name}" in known else []
         lines += ["", f"All {len(known)} settings: {self.command} --help_all; as YAML: {self.command} --print_config"]
         return "\n".join(lines) + "\n"
 
     @property
     def command(self) -> str:
         """The words that call it."""
-        return str(self.prog).replace(" [options]", "")
+        return " ".join(
+            re.sub(r"\[[^\]]*\]|\{[^}]*\}", "", str(self.prog)).split()
+        )  # without the usage of the level above
 
     def everything(self) -> str:
         """The page of ``--help_all``."""
@@ -82,7 +84,7 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        short = re.sub(r" \(choose from .*", "", message, flags=re.DOTALL).rstrip(".")
+        short = re.sub(r" \(choose from .*|:\n  Expected.*NestedArg.*", "", message, flags=re.DOTALL).rstrip(".")
         sys.stderr.write(f"{self.prog.split()[0]}: error: {short}.{_meant(parser, message)}\n")
         sys.stderr.write(f"Help: {getattr(parser, 'command', parser.prog)} --help\n")
         sys.exit(2)
@@ -120,8 +122,13 @@ def _meant(parser: Any, message: str) -> str:
     else:
         listed = re.search(r"unrecognized arguments: (.+)", message)
         unknown = [word.partition("=")[0] for word in listed[1].split() if word.startswith("--")] if listed else []
+    nested = re.search(r'Parser key "([\w.]+)".*NestedArg\(.*val=\'?([^\')]+)', message, flags=re.DOTALL)
+    if nested is not None:
+        return f" Did you mean --{nested[1]} {nested[2]}?"
     near = [match for word in unknown for match in difflib.get_close_matches(word, known, n=1, cutoff=0.6)]
-    return f" Did you mean {', '.join(near)}?" if near else ""
+    if near or choices is not None or not message.startswith("unrecognized"):
+        return f" Did you mean {', '.join(near)}?" if near else ""
+    return " Settings are written as --name value."
 
 
 def add_outputs(parser: Any) -> None:
