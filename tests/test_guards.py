@@ -117,6 +117,16 @@ def test_a_restart_without_history_is_refused():
         tuner.restart()
 
 
+def test_nan_is_found_at_logging_after_an_undo():
+    model, tuner = make()
+    run(model, torch.optim.SGD(tuner.parameters(), lr=0.05), 5)
+    tuner.mover.note(loss=0.5)
+    tuner.undo()
+    spoil(tuner)
+    with pytest.raises(NumericalError, match="steps 3 to 3: the active slice of 2"):
+        tuner.mover.note(loss=0.5)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_is_found_at_logging(value):
     model, tuner = make(interval=100)
