@@ -403,7 +403,7 @@ class Machine(RuleBasedStateMachine):
     def undo(self, moves: int) -> None:
         EXECUTED["undo"] += 1
         if moves > min(len(self.adapter.visits) - 1, self.adapter.kept):
-            self.refused(UnsupportedError, "undo: the history holds", lambda: self.mover().undo(moves))
+            self.refused(UnsupportedError, "undo: ", lambda: self.mover().undo(moves))
             return
         self.mover().undo(moves)
         for _ in range(moves):

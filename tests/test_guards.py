@@ -117,6 +117,16 @@ def test_a_restart_without_history_is_refused():
         tuner.restart()
 
 
+def test_nan_is_found_at_logging_after_an_undo():
+    model, tuner = make()
+    run(model, torch.optim.SGD(tuner.parameters(), lr=0.05), 5)
+    tuner.mover.note(loss=0.5)
+    tuner.undo()
+    spoil(tuner)
+    with pytest.raises(NumericalError, match="steps 3 to 3: the active slice of 2"):
+        tuner.mover.note(loss=0.5)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_nan_is_found_at_logging(value):
     model, tuner = make(interval=100)
@@ -338,6 +348,25 @@ def test_what_is_allowed_raises_no_alarm(tmp_path):
     tuner.save(path)
     plain = tuner.unload(merge=True)
     assert type(plain[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("event", ["another base", "cast"])
+def test_a_base_that_comes_later_is_watched_anew(event, tmp_path):
+    model, tuner = make(mode="column", positions=[0, 1], interval=100)
+    run(model, torch.optim.SGD(tuner.parameters(), lr=0.05), 1)
+    if event == "cast":
+        model.float()
+    else:
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        state["2.base_layer.weight"][0, -1] += 1
+        model.load_state_dict(state)
+    tuner.save(tmp_path / "slices.safetensors")
+    dtype = tuner.parameters()[0].dtype
+    step(model, torch.optim.SGD(tuner.parameters(), lr=0.05), *batches(1, dtype=dtype)[0])
+    tuner.save(tmp_path / "slices.safetensors")
+    in_place(tuner.layers["2"].base_weight)
+    with pytest.raises(ContentError, match="of the weight of 2 "):
+        tuner.save(tmp_path / "slices.safetensors")
 
 
 def test_beside_a_weight_nothing_is_watched(tmp_path):

@@ -215,7 +215,7 @@ class Mover:
         if total > self.step:  # the weights are those of an earlier step again (the best checkpoint's)
             return
         starts = [visit.first_step for visit in visits]
-        if self.step > self._checked and not any(
+        if self.step != self._checked and not any(
             is_sharded(layer.parameter(self.name)) for layer in self._with_adapter()
         ):
             self._check_finite()
