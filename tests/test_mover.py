@@ -127,7 +127,9 @@ def test_unknown_length_warns_once_and_uses_the_papers_interval():
 
 
 def test_warnings_at_the_start_of_a_run():
-    with pytest.warns(UserWarning, match=r"the slice will not move in this run of 30 steps \(a position gets at least 50\)"):
+    with pytest.warns(
+        UserWarning, match=r"the slice will not move in this run of 30 steps \(a position gets at least 50\)"
+    ):
         make(interval=None, moves=8, total_steps=30)
     with pytest.warns(UserWarning, match=r"will not move in this run of 4 steps \(it moves every 4\)"):
         make(total_steps=4)
