@@ -147,6 +147,9 @@ def test_flags_stand_alone_and_may_have_dashes():
     ]
     assert normalise(["train", "--resume", "runs/x"]) == ["train", "--resume", "runs/x"]
     assert normalise(["train", "--resume"]) == ["train", "--resume=true"]
+    assert normalise(["info", "--json", "runs/x"]) == ["info", "--json=true", "runs/x"]
+    assert normalise(["plan", "--memory", "8", "--json", "false"]) == ["plan", "--memory", "8", "--json", "false"]
+    assert normalise(["bench", "--layers", "1"]) == ["bench", "--layers", "1"]
 
 
 def test_precision_and_checkpointing_stand_alone_too():

@@ -14,12 +14,13 @@ from ..errors import SliceFineError
 __all__ = ["VERBS", "main", "normalise"]
 
 _FLAGS = (
-    *("dry_run", "json", "quiet", "overwrite", "verify", "search_only", "per_layer"),
+    *("dry_run", "json", "quiet", "overwrite", "resume", "verify", "search_only", "per_layer"),
     *("layers", "distance", "keep", "markdown"),
     *("lm_head", "checkpointing", "reentrant", "compiled", "memory", "keep_memory", "private"),
     *("model.trust_remote_code", "trust_remote_code", "training.bf16", "training.gradient_checkpointing"),
 )
 _OURS = "SliceFine: "
+_ALWAYS = ("json", "quiet")  # flags in every command; other names are numbers or folders in some
 _TRUTHS = ("true", "false", "yes", "no", "null", "none")
 _EXAMPLES = (
     "slicefine train                  # the embedded default: MiniLM on docstrings, offline",
@@ -124,8 +125,9 @@ def normalise(argv: Sequence[str]) -> list[str]:
             name, equals, value = word[2:].partition("=")
             word = f"--{name.replace('-', '_')}{equals}{value}"
             follower = argv[number + 1] if number + 1 < len(argv) else "--"
-            alone = name.replace("-", "_") in _FLAGS and follower.lower() not in _TRUTHS
-            if not equals and (alone or (name == "resume" and follower.startswith("--"))):
+            plain = name.replace("-", "_")
+            alone = follower.startswith("--") or (plain in _ALWAYS and follower.lower() not in _TRUTHS)
+            if not equals and plain in _FLAGS and alone:
                 word += "=true"
         result.append(word)
     return result
