@@ -334,7 +334,7 @@ def test_damaged_files_are_refused(tmp_path: Path):
 
     damaged(lambda f: (f / METHOD_FILE).unlink(), tmp_path, "method.json is missing; copy the whole folder")
     damaged(lambda f: (f / TENSORS_FILE).write_bytes(b"x" * 40), tmp_path, "cannot be read")
-    damaged(lambda f: (f / METHOD_FILE).write_text("{"), tmp_path, "cannot be read")
+    damaged(lambda f: (f / METHOD_FILE).write_text("{"), tmp_path, "not readable as JSON")
     damaged(
         lambda f: (f / METHOD_FILE).write_text('{"version": 1, "method": "lora"}'), tmp_path, "expected version 1 of"
     )

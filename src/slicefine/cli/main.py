@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None takes those of the process.
     """
-    shown, warnings.showwarning = warnings.showwarning, _show_warning
+    usual, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except SliceFineError as error:
@@ -69,22 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"slicefine: interrupted. {' '.join(notes)}".rstrip(), file=sys.stderr)
         return int(getattr(stop, "code", 130))
     finally:
-        warnings.showwarning = shown
+        warnings.formatwarning = usual
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: Any = None,
-    line: str | None = None,
-) -> None:
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Ours in one line, without the line of code that gave it."""
     text = str(message)
     if not text.startswith(_OURS) and f"{os.sep}slicefine{os.sep}" not in filename:
-        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
-    print(f"slicefine: warning: {text.removeprefix(_OURS)}", file=file or sys.stderr)
+        text = f"{filename}:{lineno}: {category.__name__}: {text}"
+    return f"slicefine: warning: {text.removeprefix(_OURS)}\n"
 
 
 def _run(argv: Sequence[str]) -> int:
