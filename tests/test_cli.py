@@ -92,7 +92,7 @@ def test_the_list_of_commands_is_that_of_the_files():
         (["trian"], "invalid choice: 'trian'. Did you mean train?"),
         (["train", "--data.paht", "x"], "--data.paht x. Did you mean --data.path?"),
         (["train", "--learning-rate=1"], "Did you mean --training.learning_rate?"),
-        (["info", "--layers", "a", "b"], "unrecognized arguments: b. Settings are written as --name value."),
+        (["info", "a", "b"], "unrecognized arguments: b. Settings are written as --name value."),
         (["analyze", "spectra", "--model.path", "own"], 'Parser key "model". Did you mean --model own?'),
     ],
 )
@@ -127,16 +127,21 @@ def test_json_is_all_there_is_and_quiet_prints_nothing(
     assert json.loads(capsys.readouterr().out)[0]["error"]
 
 
-def test_our_warnings_are_one_line(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    recipe = write_recipe(tmp_path / "recipe.yaml", *files, tmp_path / "run")
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        assert main(["train", "--config", str(recipe), "--slice.minimum_steps", "50"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if "will not move" in line]
-    assert lines == [
-        "slicefine: warning: the slice will not move in this run of 8 steps (a position gets at least 50). "
-        "Train longer, or lower interval= or minimum_steps=, if it should."
+def test_our_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch):
+    usual, seen = warnings.formatwarning, []
+
+    def run(_: object) -> int:
+        seen.append(warnings.formatwarning(UserWarning("SliceFine: the slice will not move"), UserWarning, "x.py", 3))
+        seen.append(warnings.formatwarning(UserWarning("of others"), UserWarning, "x.py", 3))
+        return 0
+
+    monkeypatch.setattr(sys.modules["slicefine.cli.main"], "_run", run)
+    assert main([]) == 0
+    assert seen == [
+        "slicefine: warning: the slice will not move\n",
+        "slicefine: warning: x.py:3: UserWarning: of others\n",
     ]
+    assert warnings.formatwarning is usual
 
 
 def test_flags_stand_alone_and_may_have_dashes():

@@ -109,7 +109,7 @@ def test_conv1d_weights_are_turned(tmp_path: Path):
         with Checkpoint(folder) as base:
             assert base.matrix("h.0.attn.c_attn").shape == shape
     (folder / "config.json").write_text("[")
-    with Checkpoint(folder) as base, pytest.raises(AdapterFileError, match=r"config.json: not a readable model conf"):
+    with Checkpoint(folder) as base, pytest.raises(AdapterFileError, match=r"config.json: not readable as JSON"):
         base.matrix("h.0.attn.c_attn")
 
 
