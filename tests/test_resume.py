@@ -210,6 +210,8 @@ class Lengths(torch.utils.data.Dataset[dict[str, list[int]]]):
         return 24
 
     def __getitem__(self, i: int) -> dict[str, list[int]]:
+        if i >= len(self):  # whoever iterates stops here
+            raise IndexError(i)
         return {"input_ids": [3 + (i * 7 + j) % 29 for j in range(3 + i % 5)]}
 
 
