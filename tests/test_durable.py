@@ -137,9 +137,9 @@ def test_strays_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path: Path)
     assert dead.exists()  # made a moment ago: its writer may be about to lock it
     os.utime(dead, (0, 0))
     with replacing(tmp_path / "m.json") as part:
-        os.utime(part.parent, (0, 0))
         assert not dead.exists()
         part.write_text("three")
+        os.utime(part.parent, (0, 0))  # last, since writing renews it: only the lock says that this writer lives
         write_file(tmp_path / "m.json", "two")
         assert part.parent.exists()
     assert content(tmp_path) == {"m.json": "three"}

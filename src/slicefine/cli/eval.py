@@ -13,6 +13,10 @@ _EXAMPLES = (
     "slicefine eval --adapter runs/mrpc/adapter --data.split test",
     "slicefine eval --adapter runs/mrpc/adapter --data.path new.csv --data.split test --json",
 )
+_COMMON = (
+    *("adapter", "data.path", "data.split", "data.file", "data.limit", "model", "batch_size", "output"),
+    *("questions", "harness", "quiet", "json"),
+)
 
 
 @dataclass
@@ -62,7 +66,7 @@ class EvalSettings:
 def parser() -> VerbParser:
     """Options of `slicefine eval`."""
     usage = "slicefine eval --adapter DIR [--data.split SPLIT] [--SETTING VALUE ...]"
-    result = VerbParser(usage, "Measure a trained adapter on a split.", _EXAMPLES)
+    result = VerbParser(usage, "Measure a trained adapter on a split.", _EXAMPLES, _COMMON)
     result.add_argument("--config", action="config", help="Settings in YAML; flags after it override it.")
     result.add_class_arguments(EvalSettings)
     return result

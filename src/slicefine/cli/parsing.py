@@ -53,10 +53,10 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
     def format_help(self, formatter: Any = None) -> str:
         """The page of ``--help``."""
         if not self.common:
-            return self.everything() + "\n" * bool(self.examples) + self._examples().rstrip("\n") + "\n"
+            return "\n".join([self.everything().rstrip("\n"), *(["", *self._examples()] if self.examples else []), ""])
         known = {name: action for action in self._actions for name in action.option_strings}
         lines = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.description), _WIDTH), ""]
-        lines += [*self._examples().splitlines(), "settings that most runs need:"]
+        lines += [*self._examples(), "", "settings that most runs need:"]
         for name in self.common:
             lines += _entry(known[f"--{name}"]) if f"--{name}" in known else []
         lines += ["", f"All {len(known)} settings: {self.command} --help_all; as YAML: {self.command} --print_config"]
@@ -65,19 +65,16 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
     @property
     def command(self) -> str:
         """The words that call it."""
-        return " ".join(
-            re.sub(r"\[[^\]]*\]|\{[^}]*\}", "", str(self.prog)).split()
-        )  # without the usage of the level above
+        without_usage = re.sub(r"\[[^\]]*\]|\{[^}]*\}", "", str(self.prog))  # of the level above
+        return " ".join(without_usage.split())
 
     def everything(self) -> str:
         """The page of ``--help_all``."""
         text: str = super().format_help()
         return text
 
-    def _examples(self) -> str:
-        if not self.examples:
-            return ""
-        return "".join(f"  {line}\n" for line in ("examples:", *self.examples)).replace("  ", "", 1) + "\n"
+    def _examples(self) -> list[str]:
+        return ["examples:", *(f"  {line}" for line in self.examples)]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say in few lines what is wrong, and what may have been meant; status 2."""
