@@ -35,10 +35,14 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Any:
-    """Every test leaves the handlers of signals as they were."""
+    """Every test leaves the handlers of signals as they were, and finds Python's own: a shell in the background
+    starts its commands with SIGINT ignored, which `StopOnSignal` leaves so."""
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
-    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+    after = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, ours)
+    assert after == before
 
 
 @pytest.fixture(scope="module")
