@@ -42,6 +42,7 @@ LADDER = [
     "since",
     "coupling",
     "optimizers",
+    "pace",
     "mover",
     "tuner",
     "energy",
@@ -61,6 +62,7 @@ ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["coupling"] = {"errors", "geometry", "schedule", "weights", "window"}
 ALLOWED["optimizers"] = {"sharded"}
+ALLOWED["pace"] = {"errors", "schedule", "state", "window"}
 ALLOWED["sharded"] = {"errors", "geometry"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}

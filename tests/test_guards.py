@@ -24,7 +24,8 @@ from slicefine import (
 )
 from slicefine.errors import ConfigError
 from slicefine.fingerprint import fingerprint
-from slicefine.mover import SKIPS_IN_A_ROW, MoveSettings
+from slicefine.mover import SKIPS_IN_A_ROW
+from slicefine.pace import MoveSettings
 
 pytestmark = THIRD_PARTY
 

@@ -19,7 +19,8 @@ from slicefine.errors import AdapterFileError
 from slicefine.files.adapter import read_adapter
 from slicefine.files.checkpoint import Checkpoint
 from slicefine.files.distance import Distance, distances
-from slicefine.mover import check_progress, movers_of
+from slicefine.mover import movers_of
+from slicefine.pace import check_progress
 
 pytestmark = THIRD_PARTY
 

@@ -15,8 +15,9 @@ from core_helpers import Allocations, batches, lines_of, mlp, step
 from slicefine import attach
 from slicefine.errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
 from slicefine.geometry import Slice
-from slicefine.mover import FALLBACK_INTERVAL, Mover, MoveSettings, movers_of
+from slicefine.mover import Mover, movers_of
 from slicefine.optimizers import reset_optimizer_state
+from slicefine.pace import FALLBACK_INTERVAL, MoveSettings
 from slicefine.schedule import Moves, Schedule, slice_at
 
 

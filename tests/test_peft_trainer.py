@@ -195,3 +195,39 @@ def test_the_callback_tells_the_length_to_loops_that_are_no_trainer():
     SliceFineCallback().on_train_begin(None, State(), None, model=model)
     assert movers_of(model)[0].plan is not None
     assert movers_of(model)[0].plan.interval == 2
+
+
+class Poison(TrainerCallback):
+    """Makes the gradients of some steps infinite."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step + 1 in self.steps:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(torch.inf)
+
+
+@pytest.mark.filterwarnings("ignore:SliceFine. a step after step")
+def test_losses_are_noted_with_their_visit_though_steps_were_left_out(tmp_path: Path):
+    """Trainer counts a step that was left out, the adapter does not; a resumed run knows which ones they were."""
+    settings = {"save_strategy": "steps", "save_steps": 5, "logging_steps": 1}
+    noted = []
+    for folder, stop in (("whole", None), ("parts", 5)):
+        model = get_peft_model(llama(), config("row", interval=2, on_nonfinite="skip"))
+        maker = trainer(model, tmp_path / folder, Watch(stop), **settings)
+        maker.add_callback(Poison({2, 4, 7}))
+        maker.train()
+        if stop:
+            model = get_peft_model(llama(), config("row", interval=2, on_nonfinite="skip"))
+            maker = trainer(model, tmp_path / folder, **settings)
+            maker.add_callback(Poison({2, 4, 7}))
+            maker.train(resume_from_checkpoint=True)
+        mover = movers_of(model)[0]
+        assert (mover.step, mover.visits) == (5, 3)
+        logged = [entry["loss"] for entry in maker.state.log_history if "loss" in entry]
+        # steps 1, 3, 5, 6, 8 trained; after each, its own loss, and 7's is logged after the fourth
+        assert [entry["step"] for entry in mover.progress] == [2.0, 4.0, 5.0]
+        assert [entry["loss"] for entry in mover.progress] == [logged[3], logged[6], logged[7]]
+        noted.append(mover.progress)
+    assert noted[0] == noted[1]

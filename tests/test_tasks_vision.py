@@ -295,6 +295,49 @@ def test_folders_of_classes_and_tables_give_the_same(tmp_path: Path):
     assert chosen["train"]["video"][0] == "clips/train/green/0.mkv"
 
 
+def save_pictures(folder: Path, each: int = 8) -> str:
+    """Red pictures and blue ones, one folder per class."""
+    for name, colour in {"red": (200, 20, 20), "blue": (20, 20, 200)}.items():
+        for split, number in {"train": each, "test": 2}.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(number):
+                Image.new("RGB", (20 + i, 16), colour).save(folder / split / name / f"{i}.png")
+    return str(folder)
+
+
+def test_pictures_in_folders_of_classes_are_learnt_and_evaluated(tmp_path: Path):
+    data = Path(save_pictures(tmp_path / "pictures"))
+    for stray in ("train/red/notes.txt", "train/.thumbnails/0.png", "train/red/._0.png"):
+        (data / stray).parent.mkdir(exist_ok=True)
+        (data / stray).write_text("no picture")
+    splits = load_splits(DataSettings(str(data), validation_fraction=0))
+    assert {name: rows["label"] for name, rows in splits.items()} == {
+        "train": ["blue"] * 8 + ["red"] * 8,
+        "test": ["blue"] * 2 + ["red"] * 2,
+    }
+    assert splits["train"][9]["image"].size == (21, 16)
+    settings = recipe(save_vit(tmp_path / "model"), str(data), tmp_path / "run", task__name="image-classification")
+    settings.training.learning_rate, settings.training.epochs = 1e-2, 6
+    report = train(settings)
+    assert report["after"]["test"]["accuracy"] == 1.0
+    assert evaluate(str(tmp_path / "run"), split="test")["accuracy"] == 1.0
+
+
+def test_pictures_that_cannot_be_used_are_refused(tmp_path: Path):
+    data = Path(save_pictures(tmp_path / "pictures", 4))
+    (data / "train" / "red" / "1.png").write_bytes(b"no picture")
+    settings = recipe(save_vit(tmp_path / "model"), str(data), tmp_path / "run", task__name="image-classification")
+    with pytest.raises(DataError, match=r"pictures/train/red/1.png cannot be read as a picture.*Replace or remove it"):
+        train(settings)
+    whole = (data / "train" / "red" / "0.png").read_bytes()
+    (data / "train" / "red" / "1.png").write_bytes(whole[: len(whole) // 2])  # its first bytes are a picture's
+    with pytest.raises(DataError, match=r"1.png cannot be read as a picture: .*truncated.*Replace or remove it"):
+        train(settings)
+    (data / "train" / "red" / "1.mp4").touch()
+    with pytest.raises(DataError, match=r"pictures \(train/blue/0.png\) and videos \(train/red/1.mp4\) in folders"):
+        load_splits(settings.data)
+
+
 def test_clips_become_batches_drawn_in_training_only(tmp_path: Path):
     model, data = save_videomae(tmp_path / "model"), save_clips(tmp_path / "clips", 3)
     task = videos(model, data, stride=1)
@@ -360,7 +403,7 @@ def test_videos_that_cannot_be_used_are_refused(tmp_path: Path):
         videos(model, data).read({"train": Dataset.from_list([{"video": "gone.mp4", "label": "a"}])})
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        DataError, match=r"in the folder, and no videos in folders of classes. Name the files with data"
+        DataError, match=r"in the folder, and no pictures or videos in folders of classes. Name the files with data"
     ):
         load_splits(DataSettings(str(tmp_path / "empty")))
 

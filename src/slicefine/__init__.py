@@ -15,7 +15,8 @@ from .errors import (
 )
 from .geometry import Slice
 from .guards import accept_weights
-from .mover import Mover, MoveSettings, movers_of
+from .mover import Mover, movers_of
+from .pace import MoveSettings
 from .schedule import Schedule
 from .since import apply_slices, delta_since
 from .tuner import SliceTuner, attach, merge_errors

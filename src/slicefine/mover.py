@@ -17,81 +17,23 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .errors import AdapterFileError, ConfigError, NumericalError, OptimizerError, UnsupportedError
+from .errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
 from .geometry import Slice
 from .guards import all_finite, check_frozen, not_finite, remember
 from .layer import SliceLayer
 from .optimizers import FACTORED, REFUSED, creates_state, reset_optimizer_state
-from .schedule import POLICIES, Moves, plan_moves, wrap_visit
+from .pace import FALLBACK_INTERVAL, MoveSettings, warn_about_plan
+from .schedule import Moves
 from .sharded import is_sharded, whole
 from .state import AdapterState
-from .window import Window, places
+from .window import places
 
-__all__ = ["FALLBACK_INTERVAL", "ON_NONFINITE", "Mover", "MoveSettings", "check_progress", "movers_of"]
+__all__ = ["Mover", "movers_of"]
 
-FALLBACK_INTERVAL = 500  # the paper's N (Appendix I), for custom loops of unknown length
-ON_NONFINITE = ("raise", "skip")
 SKIPS_IN_A_ROW = 20  # steps left out one after the other, before training is given up
 FOREIGN_STEPS = 3  # steps of other optimizers, with gradients waiting for ours, before this is called a mistake
 
 _MOVERS: weakref.WeakSet[Mover] = weakref.WeakSet()
-
-
-@dataclass
-class MoveSettings:
-    """When slices move and what happens to the optimizer's state then.
-
-    Attributes:
-        moves: number of moves, spread evenly over the run; None if ``interval`` is given.
-        interval: steps between moves (the paper's N); overrides ``moves``.
-        total_steps: optimizer steps of the run; transformers' ``Trainer`` tells it by itself.
-        minimum_steps: with ``moves``, a position gets at least this many steps, or there are fewer moves.
-        state_policy: ``"reset"`` starts the new slice with fresh optimizer state, ``"rewarm"`` also scales its first
-            updates up from zero, ``"keep"`` leaves the old slice's state in place (for study).
-        rewarm_steps: length of that ramp in optimizer steps.
-        window: train only the layers of a moving group of blocks; None trains all of them at once.
-        on_nonfinite: ``"raise"`` stops when a slice turned out to be NaN or infinite, which is looked for at moves, at
-            logging and before saving; ``"skip"`` looks at the gradients before each optimizer step, which costs a
-            synchronisation, and leaves a step with a NaN or infinite one out.
-    """
-
-    moves: int | None = 8
-    interval: int | None = None
-    total_steps: int | None = None
-    minimum_steps: int = 50
-    state_policy: str = "reset"
-    rewarm_steps: int = 10
-    window: Window | None = None
-    on_nonfinite: str = "raise"
-
-    def __post_init__(self) -> None:
-        if self.on_nonfinite not in ON_NONFINITE:
-            raise ConfigError(f"on_nonfinite={self.on_nonfinite!r} is unknown; expected {' or '.join(ON_NONFINITE)}.")
-        if self.state_policy not in POLICIES:
-            raise ConfigError(f"state_policy={self.state_policy!r} is unknown; expected one of {', '.join(POLICIES)}.")
-        for name, value, low in (
-            ("moves", self.moves, 0),
-            ("interval", self.interval, 1),
-            ("total_steps", self.total_steps, 1),
-            ("minimum_steps", self.minimum_steps, 1),
-            ("rewarm_steps", self.rewarm_steps, 1),
-        ):
-            absent = value is None and name in ("moves", "interval", "total_steps")
-            if not absent and (not isinstance(value, int) or isinstance(value, bool) or value < low):
-                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
-        if self.moves is None and self.interval is None:
-            raise ConfigError("give either moves= (a number of moves) or interval= (steps between moves).")
-
-    def plan(self, total_steps: int | None) -> Moves | None:
-        """Resolve to an interval; None while the run's length is needed and unknown."""
-        if self.interval is not None:
-            return Moves(self.interval)
-        total = total_steps if total_steps is not None else self.total_steps
-        if self.moves == 0:
-            return Moves(None, 0)
-        if total is None or self.moves is None:
-            return None
-        return plan_moves(self.moves, total, self.minimum_steps)
 
 
 class _Entry(NamedTuple):
@@ -165,6 +107,11 @@ class Mover:
         """Positions visited so far, the first included."""
         return next((len(state.journal.visits) for _, state in self._pairs()), 0)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the adapter is active and its slices require gradients."""
+        return bool(self._training())
+
     def active_entries(self) -> int:
         """Entries in training now; padding and others' entries do not count."""
         return sum(layer.active_entries(self.name) for layer in self._with_adapter())
@@ -196,7 +143,8 @@ class Mover:
         self.moves_before = self._moves_before_run()
         total = total_steps or self.settings.total_steps
         if done == 0 and total is not None and self.plan is not None:
-            self._warn_about_plan(self.plan, total)
+            layers = [(name, layer.shape, layer.states[self.name]) for name, layer in self._own().items()]
+            self.warned |= warn_about_plan(self.plan, self.settings, total, layers, around=not self.warned)
 
     def note(self, step: int | None = None, **values: float) -> None:
         """Note the loss or a metric with the visit that it belongs to; adapter files carry them (`slicefine info`).
@@ -488,38 +436,6 @@ class Mover:
                 stacklevel=2,
             )
 
-    def _warn_about_plan(self, plan: Moves, total: int) -> None:
-        due = 0 if plan.interval is None else (total - 1) // plan.interval
-        due = due if plan.limit is None else min(due, plan.limit)
-        fixed = self.settings.window is None and all(state.schedule.positions == "fixed" for _, state in self._pairs())
-        if due == 0 and not fixed and self.settings.moves != 0:
-            warnings.warn(
-                f"SliceFine: the slice will not move in this run of {total} steps ({_pace(plan, self.settings)}). "
-                "Train longer, or lower interval= or minimum_steps=, if it should.",
-                UserWarning,
-                stacklevel=2,
-            )
-        waiting = [s.layer_name for _, s in self._pairs() if s.place is not None and s.place.turn(due + 1) == 0]
-        if due > 0 and waiting and self.settings.window is not None and self.settings.window.order != "fixed":
-            warnings.warn(
-                f"SliceFine: the window gets to {due + 1} of its positions in this run, so {len(waiting)} layers never "
-                f"train ({waiting[0]}, ...). Use more moves, a larger window, or window_order='fixed' to say so.",
-                UserWarning,
-                stacklevel=2,
-            )
-        for name, layer in self._own().items():
-            state = layer.states[self.name]
-            wrap = wrap_visit(state.schedule, layer.shape, state.layer_name)
-            own = due if state.place is None else state.place.turn(due + 1) - 1
-            if wrap is not None and own >= wrap and not self.warned:
-                self.warned = True
-                warnings.warn(
-                    f"SliceFine: {own} moves go around the matrix of {name} (shape {layer.shape}) from move {wrap} on, "
-                    "so slices are trained again. Use fewer moves or a smaller rank if that is not wanted.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-
     def _own(self) -> dict[str, SliceLayer]:
         """Layers that still have this mover's adapter, and not a later one of the same name."""
         return {name: layer for name, layer in self.layers.items() if self._state_of(layer) is not None}
@@ -559,29 +475,6 @@ def _steps(state: AdapterState) -> int:
     """Optimizer steps of the current visit."""
     visit = state.journal.visits[-1]
     return visit.last_step - visit.first_step + 1
-
-
-def _pace(plan: Moves, settings: MoveSettings) -> str:
-    if plan.interval is not None:
-        return f"it moves every {plan.interval}"
-    return f"a position gets at least {settings.minimum_steps}"
-
-
-def check_progress(progress: Any, where: str) -> list[dict[str, float]]:
-    """What a file says of the loss and the metrics of each visit.
-
-    Raises:
-        AdapterFileError: if it is no list of named numbers.
-    """
-    found = [] if progress is None else progress
-    if not isinstance(found, list) or not all(
-        isinstance(entry, dict) and all(isinstance(value, (int, float)) for value in entry.values()) for entry in found
-    ):
-        raise AdapterFileError(f"{where}: progress is no list of losses and metrics; the file is corrupt.")
-    try:
-        return [{str(name): float(value) for name, value in entry.items()} for entry in found]
-    except OverflowError as error:
-        raise AdapterFileError(f"{where}: progress has a number beyond all measure; the file is corrupt.") from error
 
 
 def movers_of(model: torch.nn.Module) -> list[Mover]:

@@ -25,7 +25,8 @@ from .errors import AdapterFileError, ConfigError
 from .geometry import Slice
 from .guards import check_frozen, refuse_not_finite
 from .layer import SliceLayer
-from .mover import Mover, MoveSettings, check_progress
+from .mover import Mover
+from .pace import MoveSettings, check_progress
 from .quantised import Requantised, place_of
 from .reading import parse_json
 from .schedule import Positions, Schedule

@@ -11,7 +11,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..functional import read_block, write_block
 from ..geometry import Slice, covered
 from ..journal import Visit
-from ..mover import check_progress
+from ..pace import check_progress
 from .adapter import Adapter, LayerFile
 
 __all__ = ["drop", "undo"]

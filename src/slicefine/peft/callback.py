@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from ..mover import movers_of
+from ..mover import Mover, movers_of
 
 __all__ = ["SliceFineCallback", "kept_by"]
 
@@ -17,20 +17,24 @@ class SliceFineCallback(TrainerCallback, ExportableState):
 
     ``Trainer`` gets it by itself; pass it to loops that take transformers callbacks but are not a ``Trainer``.
 
-    A checkpoint's ``trainer_state.json`` carries two facts of it that a resumed run needs to be the same one: the step
-    of each adapter at which the run began, and the random state at the epoch's start, from which samplers that group
-    by length draw the epoch's order (transformers keeps the state at the checkpoint only).
+    A checkpoint's ``trainer_state.json`` carries what a resumed run needs to be the same one: the step of each adapter
+    at which the run began; the run's steps that trained nothing, since their gradients were not finite (``Trainer``
+    counts them, adapters do not); and the random state at the epoch's start, from which samplers that group by length
+    draw the epoch's order (transformers keeps the state at the checkpoint only).
     """
 
     def __init__(self) -> None:
         self.any_model = False  # look after the order of epochs for models without slices, too
         self.starts: dict[str, int] = {}
+        self.skipped: dict[str, list[int]] = {}
         self.epoch_began = ""
         self._resumed_epoch = ""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"starts": dict(self.starts), "epoch_began": self.epoch_began}}
+        skipped = {name: list(steps) for name, steps in self.skipped.items()}
+        attributes = {"starts": dict(self.starts), "skipped": skipped, "epoch_began": self.epoch_began}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         found = kept_by(self, state) if state.global_step else {}
@@ -39,8 +43,9 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         for mover in movers_of(model) if model is not None else []:
             mover.begin_run(state.max_steps, done=state.global_step, start=starts.get(mover.name))
             self.starts[mover.name] = mover.run_start
+            self.skipped[mover.name] = list(found.get("skipped", {}).get(mover.name, ()))
             for entry in state.log_history if state.global_step else []:  # a resumed run's, from before
-                mover.note(entry.get("step"), **_measured(entry))
+                mover.note(self._trained(mover, entry.get("step")), **_measured(entry))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Draw the order of the epoch that a checkpoint broke off as it was drawn; note the random state of others."""
@@ -51,20 +56,31 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         self._resumed_epoch = ""
         self._note_epoch()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the last step of an epoch a checkpoint belongs to the next one."""
-        if self.epoch_began and float(state.epoch or 0.0).is_integer():
-            self._note_epoch()
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Note a step that trained nothing; after the last step of an epoch a checkpoint belongs to the next one."""
+        for mover in movers_of(model) if model is not None else []:
+            skipped = self.skipped.setdefault(mover.name, [])
+            if mover.trains and mover.step - mover.run_start + len(skipped) < state.global_step:
+                skipped.append(state.global_step)
+        self._epoch_ends(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An evaluation draws random numbers."""
-        self.on_step_end(args, state, control)
+        self._epoch_ends(state)
+
+    def _epoch_ends(self, state: Any) -> None:
+        if self.epoch_began and float(state.epoch or 0.0).is_integer():
+            self._note_epoch()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         """Note the loss and the metrics with the visit that they belong to."""
         found = _measured(logs or {})
         for mover in movers_of(model) if found and model is not None else []:
-            mover.note(state.global_step, **found)
+            mover.note(self._trained(mover, state.global_step), **found)
+
+    def _trained(self, mover: Mover, step: int | None) -> int | None:
+        """How many of the run's first steps trained."""
+        return None if step is None else step - sum(number <= step for number in self.skipped.get(mover.name, ()))
 
     def _note_epoch(self) -> None:
         self.epoch_began = torch.get_rng_state().numpy().tobytes().hex()

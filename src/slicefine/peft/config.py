@@ -15,7 +15,7 @@ from peft.utils import PeftType
 from ..errors import AdapterFileError, ConfigError, SliceFineError
 from ..files.adapter import CONFIG, mend, owned_slices, read_config
 from ..geometry import Slice
-from ..mover import MoveSettings
+from ..pace import MoveSettings
 from ..schedule import Schedule
 from ..tuner import ADAPTER_VERSION, share_visits
 from ..window import make_window

@@ -19,7 +19,8 @@ from ..delta import KINDS
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..guards import check_frozen, refuse_not_finite
 from ..layer import SliceLayer
-from ..mover import Mover, check_progress
+from ..mover import Mover
+from ..pace import check_progress
 from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..sharded import whole

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..charts import Chart, Line, Panel
-from ..mover import check_progress
+from ..pace import check_progress
 from .content import Run
 from .elements import clean
 

@@ -63,8 +63,13 @@ class ImageClassification(Labelled):
 
     def prepare(self, splits: dict[str, Any], loaded: Loaded) -> Prepared:
         """Attach the transform; it runs when a row is read. Only the train set is augmented."""
+        from datasets import Image
+
+        image = self.columns.image
         prepared = {
-            split: dataset.with_transform(self._encoder(loaded.processor, self.augment if split == "train" else None))
+            split: dataset.cast_column(image, Image(decode=False)).with_transform(
+                self._encoder(loaded.processor, self.augment if split == "train" else None)
+            )
             for split, dataset in splits.items()
         }
         return Prepared(prepared, collate, {"remove_unused_columns": False})
@@ -78,13 +83,36 @@ class ImageClassification(Labelled):
         image, label = self.columns.image, self.columns.label
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            pictures = [picture.convert("RGB") for picture in batch[image]]
+            pictures = [decoded(picture) for picture in batch[image]]
             if augment is not None:
                 pictures = [augment([picture])[0] for picture in pictures]
             pixels = processor(pictures, return_tensors="pt")["pixel_values"]
             return {"pixel_values": list(pixels), "labels": label_numbers(batch[label], self.labels)}
 
         return encode
+
+
+def decoded(stored: Mapping[str, Any]) -> Any:
+    """A picture in RGB.
+
+    Args:
+        stored: ``{"bytes": ..., "path": ...}``, as the datasets library stores it.
+
+    Raises:
+        DataError: if it is no picture.
+    """
+    from datasets import Image
+
+    found = dict(stored)
+    try:
+        if found.get("bytes") is None and Path(found["path"]).is_file():  # datasets leaves a broken file open
+            found["bytes"] = Path(found["path"]).read_bytes()
+        return Image().decode_example(found).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises, by format
+        raise DataError(
+            f"{stored.get('path') or 'a row without a file name'} cannot be read as a picture: {error}. Replace or "
+            "remove it."
+        ) from error
 
 
 def image_processor(settings: ModelSettings, config: Any) -> Any:

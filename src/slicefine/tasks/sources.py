@@ -95,13 +95,13 @@ def _local(settings: DataSettings, path: Path) -> dict[str, Any]:
             if getattr(settings, split) != NONE
         }
         files = {split: file for split, file in candidates.items() if file is not None}
-        if all(file.is_dir() for file in files.values()) and (clips := class_folders(settings, _NAMES)):
-            return clips
+        if all(file.is_dir() for file in files.values()) and (classes := class_folders(settings, _NAMES)):
+            return classes
     if not files:
         raise DataError(
             f"data.path={settings.path!r}: no train, validation or test file with the ending "
-            f"{', '.join(LOADERS)} (or .gz of it) in the folder, and no videos in folders of classes. Name the files "
-            "with data.train, data.validation, data.test."
+            f"{', '.join(LOADERS)} (or .gz of it) in the folder, and no pictures or videos in folders of classes. "
+            "Name the files with data.train, data.validation, data.test."
         )
     return {split: _read(file) for split, file in files.items()}
 

@@ -16,7 +16,7 @@ from ..files.adapter import WEIGHTS, find_adapter, open_weights, read_config
 from ..files.distance import Distance
 from ..geometry import Slice, line_count
 from ..journal import Visit, read_table
-from ..mover import check_progress
+from ..pace import check_progress
 from ..units import size
 from .counts import layer_kind
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..initial import START_VALUES
 from ..methods import Method, find, options_of
-from ..mover import MoveSettings
+from ..pace import MoveSettings
 from ..schedule import POSITIONS, Schedule
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
 from ..tuner import share_visits
