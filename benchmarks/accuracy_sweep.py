@@ -154,7 +154,7 @@ def build(run: dict[str, Any], base: nn.Module, total: int, calibration: list[An
         own = [p for n, p in base.named_parameters() if "lora_" in n]
         return base, [{"params": own, "lr": lr}, head_group], None
     from slicefine import attach
-    from slicefine.tuner import match_layers
+    from slicefine.targets import match_layers
 
     settings = {"r": 5, "mode": "alternate", "moves": 8, **run["slice"]}
     if run.get("order"):

@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from transformers.utils import logging
 
 from slicefine.geometry import block_count, block_start
-from slicefine.tuner import match_layers
+from slicefine.targets import match_layers
 
 LENGTHS = {"sst2": 32, "qqp": 40, "qnli": 48}
 RUNS: dict[str, dict[str, Any]] = {

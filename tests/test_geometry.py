@@ -16,6 +16,7 @@ from slicefine.geometry import (
     block_count,
     block_start,
     entry_indices,
+    line_count,
     line_length,
     shared_entries,
     touched,
@@ -116,3 +117,15 @@ def test_check_accepts_what_fits_a_matrix_of_4_by_6(block, fits):
 def test_check_refuses_an_unknown_axis():
     with pytest.raises(ConfigError, match="fc: unknown axis 'diagonal'; expected one of row, column, entries"):
         Slice("diagonal", 0, 1).check((4, 6), "fc")
+
+
+@given(
+    st.lists(st.builds(Slice, st.sampled_from(["row", "column"]), st.integers(0, 12), st.integers(1, 9)), max_size=6)
+)
+def test_line_count_is_the_number_of_lines_touched(slices):
+    for axis in ("row", "column"):
+        assert line_count(slices, axis) == len(touched(slices, axis))
+
+
+def test_lines_inside_a_wider_slice_count_once():
+    assert line_count([Slice("row", 0, 9), Slice("row", 2, 3), Slice("row", 8, 2)], "row") == 10

@@ -213,6 +213,39 @@ def test_the_first_visit_cannot_be_undone():
     journal = trained_journal([BLOCKS[0]], weight)
     with pytest.raises(UnsupportedError, match="the first visit has nothing before it"):
         journal.undo(weight)
+    journal = trained_journal(BLOCKS[:2], weight)
+    journal.check_undo(1)
+    with pytest.raises(UnsupportedError, match="the first visit has nothing before it"):
+        journal.check_undo(2)
+
+
+def test_what_begin_gives_may_be_written_to():
+    """It becomes the parameter, or part of it; what the journal keeps must not change with it."""
+    weight = base_weight()
+    before = weight.clone()
+    journal = Journal()
+    journal.begin(weight, BLOCKS[0]).add_(1)
+    write_block(weight, BLOCKS[0], read_block(weight, BLOCKS[0]) + 1)
+    journal.count_step()
+    journal.begin(weight, BLOCKS[3]).add_(1)
+    journal.undo(weight)
+    journal.revert(weight)
+    assert torch.equal(weight, before)
+
+
+def test_originals_are_taken_again_only_before_the_first_step():
+    weight = base_weight()
+    other = torch.ones(SHAPE)
+    journal = Journal()
+    journal.begin(weight, BLOCKS[0])
+    journal.renew(other)
+    assert torch.equal(journal.original(), torch.ones(2, 6))
+    journal.count_step()
+    journal.renew(weight)
+    assert torch.equal(journal.original(), torch.ones(2, 6))
+    journal.begin(other, BLOCKS[1])
+    journal.renew(weight)
+    assert torch.equal(journal.original(), torch.ones(2, 6))
 
 
 def test_a_loaded_journal_has_nothing_to_undo():

@@ -221,6 +221,19 @@ def test_a_wrong_combination_is_refused(change: dict, error: type[Exception], me
         model.add_weighted_adapter(**settings)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not:UserWarning")  # PEFT's
+@pytest.mark.parametrize("name", ["half", "keys", "a.b", ""])
+def test_names_that_torch_cannot_give_are_refused(name: str):
+    with pytest.raises(ConfigError, match=f"adapter '{name}': torch cannot name a parameter so"):
+        get_peft_model(llama(), config(target_modules=["q_proj"]), adapter_name=name)
+    model = get_peft_model(llama(), config(target_modules=["q_proj"]))
+    before = weights(model)
+    with pytest.raises(ConfigError, match="torch cannot name a parameter so"):
+        model.add_adapter(name, config(target_modules=["q_proj"]))
+    assert same(weights(model), before)
+    assert list(model.peft_config) == ["default"]
+
+
 def test_adapters_of_different_rank_cannot_be_combined():
     model = get_peft_model(llama(), config(target_modules=["q_proj"]), adapter_name="first")
     model.add_adapter("second", config(target_modules=["q_proj"], r=3))

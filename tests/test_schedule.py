@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core_helpers import slice_mask
 from slicefine.errors import ConfigError
 from slicefine.geometry import Slice, entry_indices
-from slicefine.schedule import Moves, Schedule, plan_moves, slice_at, wrap_visit
+from slicefine.schedule import Moves, Schedule, plan_moves, slice_at, widened, wrap_visit
 
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
 ranks = st.integers(1, 6)
@@ -196,3 +196,10 @@ def test_mask_budget():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Schedule(**settings)
+
+
+def test_only_columns_are_counted_in_input_features():
+    """A convolution's matrix has several columns per input channel, and one row per output channel."""
+    wide = widened(Schedule("alternate", 2, 2, positions=[1, 3]), 9, "conv")
+    found = [slice_at(wide, visit, (8, 72), "conv") for visit in range(4)]
+    assert found == [Slice("row", 1, 2), Slice("column", 9, 18), Slice("row", 3, 2), Slice("column", 27, 18)]

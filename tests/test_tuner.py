@@ -17,7 +17,8 @@ from slicefine.errors import AdapterFileError, ConfigError
 from slicefine.geometry import Slice, entry_indices
 from slicefine.layer import SliceLayer
 from slicefine.schedule import Schedule
-from slicefine.tuner import FORMAT_VERSION, match_layers
+from slicefine.targets import match_layers
+from slicefine.tuner import FORMAT_VERSION
 
 MODES = ["row", "column", "alternate", "random_mask"]
 
@@ -403,3 +404,15 @@ def test_trainable_counts(model, mode, rank, count):
     schedule = Schedule(mode, rank, rank)
     shapes = [schedule.block_shape(layer.shape) for layer in tuner.layers.values()]
     assert shapes == [tuple(p.shape) for p in tuner.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"intervall": 5}, r"attach got an unexpected keyword argument 'intervall': did you mean interval\?"),
+        ({"rank": 5}, r"attach got an unexpected keyword argument 'rank': see its docstring"),
+    ],
+)
+def test_unknown_settings_are_named(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        attach(nn.Sequential(nn.Linear(4, 4)), **setting)

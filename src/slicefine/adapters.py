@@ -68,6 +68,11 @@ class SliceAdapters(HeldWeight):
         """
         if name in self.states:
             raise ConfigError(f"{layer_name}: adapter {name!r} exists already; delete it first or choose another name.")
+        if not name or "." in name or hasattr(self.slicefine_active, name):  # torch would give a KeyError of its own
+            raise ConfigError(
+                f"adapter {name!r}: torch cannot name a parameter so (it is empty, has a dot, or is a method's name, "
+                'such as "half" and "keys"); choose another name.'
+            )
         if is_sharded(self.base_weight):
             raise UnsupportedError(
                 f"{layer_name}: its weight is spread over processes already, so the slice's parameter would be left "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, DataError
 from .geometry import block_count, block_start
 from .quantised import prepare, release
-from .tuner import linear_names, matches
+from .targets import linear_names, matches
 from .weights import trains
 
 __all__ = ["energy_positions", "evaluating", "gradient_energy", "input_energy"]

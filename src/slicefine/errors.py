@@ -14,6 +14,9 @@
 Every message says where, what came, what was expected, and what to do.
 """
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "AdapterFileError",
     "ConfigError",
@@ -23,6 +26,7 @@ __all__ = [
     "OptimizerError",
     "SliceFineError",
     "UnsupportedError",
+    "nearest",
 ]
 
 
@@ -56,3 +60,14 @@ class NumericalError(SliceFineError, ArithmeticError):
 
 class UnsupportedError(SliceFineError, NotImplementedError):
     """A combination that is refused by name."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that does not exist.
+
+    Example:
+        >>> nearest("intervall", ["interval", "moves"])
+        'did you mean interval?'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "see its docstring."

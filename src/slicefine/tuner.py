@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
-import re
 import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,19 +22,20 @@ from .checksums import check_keys, check_tensor, checksum, read_checksums
 from .coupling import check_coupled, fitted, structure
 from .delta import Delta
 from .durable import replacing
-from .errors import AdapterFileError, ConfigError
+from .errors import AdapterFileError, ConfigError, nearest
 from .geometry import Slice
 from .guards import check_frozen, refuse_not_finite
 from .layer import SliceLayer
 from .mover import Mover
 from .pace import MoveSettings, check_progress
-from .quantised import Requantised, place_of
+from .quantised import Requantised
 from .reading import parse_json
 from .schedule import Positions, Schedule
 from .sharded import is_sharded
 from .since import delta_since
+from .targets import match_layers, match_parameters, set_module
 from .transfer import check_tensors, file_tensors, load_tensors
-from .weights import TRAINABLE, is_linear, kind_of, lies_beside, trains
+from .weights import lies_beside
 from .window import make_window, places
 
 __all__ = [
@@ -41,15 +43,9 @@ __all__ = [
     "FORMAT_VERSION",
     "SliceTuner",
     "attach",
-    "linear_names",
-    "match_layers",
-    "match_parameters",
-    "matches",
     "merge_errors",
     "read_file",
-    "set_module",
     "share_visits",
-    "shared_names",
     "warn_about_clamped",
     "warn_about_lost",
 ]
@@ -282,6 +278,10 @@ def attach(
         32
     """
     row, column = (r if rank is None else rank for rank in (r_row, r_column))
+    unknown = sorted(moves.keys() - {field.name for field in dataclasses.fields(MoveSettings)})
+    if unknown:
+        known = [*inspect.signature(attach).parameters, *(field.name for field in dataclasses.fields(MoveSettings))]
+        raise ConfigError(f"attach got an unexpected keyword argument {unknown[0]!r}: {nearest(unknown[0], known)}")
     settings = MoveSettings(**moves, window=make_window(window, window_order, window_dwell, seed))
     if not isinstance(history, int) or isinstance(history, bool) or history < 0:
         raise ConfigError(f"history={history!r} must be an integer of at least 0.")
@@ -340,98 +340,6 @@ def attach(
     return SliceTuner(model, layers, mover)
 
 
-def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[str]:
-    """Names of the supported layers that ``targets`` selects and ``exclude`` does not.
-
-    As in PEFT, ``"all-linear"`` leaves a language model's output layer out.
-
-    Raises:
-        ConfigError: if nothing matches, or if a weight is shared with another layer.
-    """
-    output = getattr(model, "get_output_embeddings", lambda: None)() if targets == "all-linear" else None
-    kinds = {name: kind_of(module) for name, module in model.named_modules() if name and module is not output}
-    found = {
-        name: kind
-        for name, kind in kinds.items()
-        if kind is not None and (targets != "all-linear" or is_linear(model.get_submodule(name)))
-        if matches(name, targets) and not (exclude and matches(name, exclude))
-    }
-    if not found:
-        some = [name for name, kind in kinds.items() if kind is not None][:5]
-        raise ConfigError(
-            f"target_modules={targets!r} matches no layer that can be trained ({TRAINABLE}); this model has for "
-            f"example {some}."
-        )
-    for name, kind in found.items():
-        weight = place_of(model.get_submodule(name)) if kind.layout == "quantised" else None
-        _check_tied(model, f"{name}.{kind.parameter}", weight)
-    return list(found)
-
-
-def match_parameters(
-    model: nn.Module, targets: Sequence[str], exclude: str | Sequence[str] = (), layers: Sequence[str] = ()
-) -> list[str]:
-    """Full names of the parameters with two or three dimensions that end as ``targets`` say.
-
-    Args:
-        model: the model.
-        targets: endings of names.
-        exclude: modules to leave out.
-        layers: layers that are trained anyway.
-
-    Raises:
-        ConfigError: if one of them matches nothing, is shared, or belongs to one of ``layers``.
-    """
-    found = []
-    for name, _ in model.named_parameters():
-        path, _, parameter = name.rpartition(".")
-        if path and targets and matches(name, targets) and not (exclude and matches(path, exclude)):
-            if kind_of(model.get_submodule(path), parameter) is None:
-                raise ConfigError(f"target_parameters: {name} is no floating-point weight of 2 or 3 dimensions.")
-            _check_tied(model, name)
-            found.append(name)
-    twice = next((name for name in found if name.rpartition(".")[0] in layers and _is_own(model, name)), None)
-    if twice is not None:
-        raise ConfigError(f"target_parameters: {twice} is trained by target_modules already; leave it out of one.")
-    missing = [target for target in targets if not any(matches(name, [target]) for name in found)]
-    if missing:
-        raise ConfigError(f"target_parameters: {missing[0]!r} matches no parameter of the model; give full endings.")
-    return found
-
-
-def _is_own(model: nn.Module, parameter: str) -> bool:
-    path, _, name = parameter.rpartition(".")
-    kind = kind_of(model.get_submodule(path))
-    return kind is not None and kind.parameter == name
-
-
-def _check_tied(model: nn.Module, parameter: str, weight: Tensor | None = None) -> None:
-    sharing = shared_names(model, model.get_parameter(parameter) if weight is None else weight)
-    if len(sharing) > 1:
-        raise ConfigError(
-            f"{parameter.removesuffix('.weight')}: its weight is tied to "
-            f"{', '.join(n for n in sharing if n != parameter)}; training a slice of it would change both. Exclude the "
-            "layer, or untie the weights first."
-        )
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of a model's supported layers, for messages: ``["key", "query", "value"]``."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if trains(module)})
-
-
-def shared_names(model: nn.Module, weight: Any) -> list[str]:
-    """Names under which one parameter occurs in a model (more than one: tied)."""
-    return [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
-
-
-def matches(name: str, targets: str | Sequence[str]) -> bool:
-    """Whether a layer's full name is chosen by ``"all-linear"``, a regular expression, or name endings."""
-    if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
 def share_visits(mode: str, share: tuple[int, int] | None, settings: MoveSettings) -> int | None:
     """Visits that each run of a share makes at most, where that has to be known; None where not, or where it is not."""
     if share is None or mode != "alternate":
@@ -479,15 +387,6 @@ def warn_about_lost(lost: Mapping[str, Requantised]) -> None:
         UserWarning,
         stacklevel=3,
     )
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another, by its full name in the model."""
-    path, _, child = name.rpartition(".")
-    parent = model.get_submodule(path)
-    while isinstance(parent, SliceLayer) and child != "base_layer":  # an attention module's own projection lies in it
-        parent = parent.base_layer
-    setattr(parent, child, module)
 
 
 def _named(found: Any, where: str) -> list[str]:

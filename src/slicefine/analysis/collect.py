@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from ..errors import ConfigError, DataError
 from ..geometry import Slice
-from ..tuner import linear_names
+from ..targets import linear_names
 from ..weights import supports
 
 __all__ = [

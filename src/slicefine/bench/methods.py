@@ -105,7 +105,7 @@ def _windowed(share: float, down: float) -> Method:
 def _listing1(mode: str, r: int) -> Method:
     def build(model: Any, family: str) -> Any:
         from ..reference import Listing1Linear
-        from ..tuner import match_layers
+        from ..targets import match_layers
 
         head = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
         for name in match_layers(model, "all-linear", head):  # PEFT's "all-linear" leaves the head out as well

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
-from ..tuner import matches, shared_names
+from ..targets import matches, shared_names
 from ..weights import matrix_of, supports
 from ..window import block_paths
 

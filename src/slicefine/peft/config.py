@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -12,7 +11,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..errors import AdapterFileError, ConfigError, SliceFineError
+from ..errors import AdapterFileError, ConfigError, SliceFineError, nearest
 from ..files.adapter import CONFIG, mend, owned_slices, read_config
 from ..geometry import Slice
 from ..pace import MoveSettings
@@ -55,14 +54,7 @@ class _UnknownSettingError(ConfigError, TypeError):  # PEFT looks for a TypeErro
 
 
 def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    meant = (
-        "did you mean r?"
-        if name in ("rank", "lora_r")
-        else f"did you mean {near[0]}?"
-        if near
-        else "see its docstring."
-    )
+    meant = "did you mean r?" if name in ("rank", "lora_r") else nearest(name, known)
     return f"SliceFineConfig got an unexpected keyword argument {name!r}: {_WITHOUT.get(name, meant)}"
 
 

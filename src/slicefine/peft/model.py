@@ -25,8 +25,9 @@ from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..sharded import whole
 from ..state import read_sample
+from ..targets import set_module, shared_names
 from ..transfer import BESIDE, ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
-from ..tuner import set_module, shared_names, warn_about_clamped, warn_about_lost
+from ..tuner import warn_about_clamped, warn_about_lost
 from ..weights import TRAINABLE, is_linear, kind_of, lies_beside
 from .callback import SliceFineCallback
 from .config import SliceFineConfig

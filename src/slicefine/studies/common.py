@@ -14,9 +14,9 @@ from rich.table import Table
 from ..charts import Chart, plain
 from ..errors import ConfigError, DataError
 from ..plots import save_chart
+from ..targets import match_layers
 from ..tasks.base import Prepared
 from ..tasks.settings import DataSettings, ModelSettings, TaskSettings
-from ..tuner import match_layers
 from ..weights import supports
 from ..window import block_paths
 

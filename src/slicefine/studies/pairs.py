@@ -12,9 +12,9 @@ import torch
 
 from ..errors import ConfigError
 from ..files.adapter import find_adapter
+from ..targets import match_layers
 from ..tasks.base import Loaded, get_task
 from ..tasks.settings import Columns, DataSettings, ModelSettings, TaskSettings
-from ..tuner import match_layers
 from .common import block_names, draw_batches, find_device
 
 __all__ = ["Pair", "open_pair", "pair_names", "run_folders"]

@@ -24,7 +24,7 @@ from ..analysis.spectra import NULLS, SpectralBalance, null_weight, spectral_bal
 from ..charts import Chart, Line, Panel
 from ..errors import ConfigError, NumericalError
 from ..files.checkpoint import Checkpoint, kind_of, model_folder
-from ..tuner import matches
+from ..targets import matches
 from .common import Result
 
 __all__ = ["STATISTICS", "Settings", "study"]

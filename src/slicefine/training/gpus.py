@@ -31,7 +31,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..schedule import Schedule
-from ..tuner import match_layers
+from ..targets import match_layers
 from ..weights import kind_of
 
 __all__ = ["Load", "ModelShape", "loads", "plan_gpus", "print_loads", "shape_of"]

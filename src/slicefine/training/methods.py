@@ -13,8 +13,8 @@ import torch
 
 from ..errors import ConfigError
 from ..methods import Base, Method, find, options_of
+from ..targets import linear_names
 from ..tasks.base import Loaded, Prepared, Task
-from ..tuner import linear_names
 from .settings import SliceSettings, TrainSettings
 
 __all__ = [
