@@ -23,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs lock clean
+.PHONY: help demo test coverage lint types docs lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|' 2>/dev/null \
@@ -42,6 +42,11 @@ test: export HF_HUB_OFFLINE ?= 1
 test: $(STAMPS)/dev  ## set up and run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+coverage: export OMP_NUM_THREADS ?= 1
+coverage: export HF_HUB_OFFLINE ?= 1
+coverage: $(STAMPS)/dev  ## lines and branches of the core that the tests reach; fails below 95%
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered --cov-report=json:coverage.json $(ARGS)
+
 lint: $(STAMPS)/dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,7 +64,7 @@ lock:  ## write requirements/*.txt anew after a change of pyproject.toml; needs 
 	$(LOCK) --extra demo -c requirements/dev.txt -o requirements/demo.txt
 
 clean:  ## remove the environment, caches and builds; runs/ stays
-	rm -rf $(ENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(ENV) dist build site .pytest_cache coverage.json .coverage .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/python:

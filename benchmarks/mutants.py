@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant("journal", "self.visits[:-1]))", "self.visits))"),
     Mutant("journal", "for block in reversed(self._originals):", "for block in self._originals:"),
     Mutant("journal", "if not self._trained:  # after", "if True:  # after"),
-    Mutant("journal", "            delta[covered(block, earlier,", "            _ = delta[covered(block, earlier,"),
+    Mutant("journal", ".to(delta.device)] = 0", ".to(delta.device)] *= 1"),
     Mutant("journal", "+ scale * delta)", "+ delta)"),
     Mutant("journal", "for visit in self.visits[:i])", "for visit in self.visits[: i + 1])"),
     Mutant("journal", "width < 1 or first < 1 or last < first - 1", "width < 1 or first < 1 or last < first"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -179,3 +180,21 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert record["equal at default tolerances"]
     assert record["looks"][-1]["originals"] == record["looks"][-3]["originals"]  # once per slice, not per visit
     assert record["bytes per move"]["file"] < 3 * 6 * 8 + 200  # a row of the journal per layer, and what was noted
+
+
+def test_resume(tmp_path: Path):
+    """Two runs of each kind, interrupted twice; in a process of its own, since it forks."""
+    words = ["--runs", "2", "--points", "2", "--modes", "loop,script", "--seed", "5", "--out", str(tmp_path / "r.json")]
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "resume.py"), *words], check=True, capture_output=True)
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert [row["mode"] for row in record["points"]] == ["loop", "loop", "script", "script"]
+    assert [row["differs"] for row in record["points"]] == [[]] * 4
+    assert sum(row["reached"] for row in record["points"]) >= 2
+
+
+def test_mutants_are_still_made_of_the_sources():
+    made = runpy.run_path(str(ROOT / "benchmarks" / "mutants.py"))
+    broken = [made["broken"](mutant) for mutant in made["MUTANTS"]]
+    assert len(broken) >= 60
+    for mutant, source in zip(made["MUTANTS"], broken, strict=True):
+        compile(source, mutant.file, "exec")

@@ -18,6 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ..durable import replacing_files
+from ..errors import UnsupportedError
 from ..files.adapter import CONFIG, WEIGHTS, check_sealed, mend, read_config, seal
 from ..layer import SliceLayer
 
@@ -87,8 +88,14 @@ def _save_whole() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        main = names.bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True)
+        given = names.bind(self, save_directory, *args, **kwargs).arguments
+        main = given.get("is_main_process", True)
         sliced = any(config.peft_type == NAME for config in self.peft_config.values())
+        if sliced and not given.get("safe_serialization", True):  # PEFT would read an older file beside it, too
+            raise UnsupportedError(
+                "save_pretrained: safe_serialization=False writes a pickle, which runs code when it is loaded; slices "
+                "are saved as safetensors alone. Leave it out."
+            )
         if not (sliced and main) or Path(save_directory).is_file():  # a file: PEFT says so
             save(self, save_directory, *args, **kwargs)
             return
