@@ -33,6 +33,32 @@ pytestmark = [
 ]
 
 
+UNDER_TORCHRUN = """
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+import slicefine
+from slicefine.peft import StopOnSignal
+from test_signals import script
+
+torch.distributed.init_process_group("gloo")
+
+
+class Slow(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        Path(sys.argv[1], f"step-{args.process_index}").write_text(str(state.global_step))
+        time.sleep(0.2 if sys.argv[2] == "first" else 0)
+
+
+model = script(Path(sys.argv[1], "run"), StopOnSignal(), Slow(), again=sys.argv[2] == "again")
+Path(sys.argv[1], "steps").write_text(str(slicefine.movers_of(model)[0].step))
+"""
+
+
 @pytest.fixture(autouse=True)
 def _handlers() -> Any:
     """Every test leaves the handlers of signals as they were, and finds Python's own: a shell in the background
@@ -87,6 +113,33 @@ def test_a_script_stops_after_its_step_and_goes_on_as_if_nothing_was(
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["checkpoint-5"]
     model = script(tmp_path / "parts", StopOnSignal(), again=True)
     assert same(weights(model), weights(script(tmp_path / "whole", StopOnSignal())))
+
+
+def test_torchrun_hands_its_signal_on_and_the_run_goes_on(tmp_path: Path):
+    (tmp_path / "script.py").write_text(UNDER_TORCHRUN)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    words += [str(tmp_path / "script.py"), str(tmp_path)]
+    setting = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen([*words, "first"], env=setting, stdout=log, stderr=log)
+        wait_for(lambda: (tmp_path / "step-1").is_file() and (tmp_path / "step-1").read_text() >= "1", first)
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(100) != 0
+    text = (tmp_path / "log").read_text()
+    assert text.count("and its checkpoint is written. Go on with resume_from_checkpoint.") == 1, text
+    checkpoints = [path.name for path in (tmp_path / "run").iterdir()]
+    assert len(checkpoints) == 1, text
+    subprocess.run([*words, "again"], env=setting, check=True, capture_output=True, timeout=200)
+    assert (tmp_path / "steps").read_text() == "6"  # of 24 rows, two epochs
+
+
+def wait_for(ready: Any, process: Any) -> None:
+    """Until something is so, or a process has ended."""
+    end = time.monotonic() + 200
+    while not ready():
+        assert process.poll() is None, "the process ended"
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.1)
 
 
 def test_at_an_epochs_end_the_evaluation_comes_first(tmp_path: Path):

@@ -98,7 +98,8 @@ class StopOnSignal(TrainerCallback):
             return
         self.restore()
         message = f"{_name(self._agreed)}: stopped after step {state.global_step}, and its checkpoint is written."
-        self._say(f"{message} Go on with resume_from_checkpoint.")
+        if getattr(state, "is_world_process_zero", True):
+            self._say(f"{message} Go on with resume_from_checkpoint.")
         raise Interrupted(self._agreed, message)
 
     def restore(self) -> None:
