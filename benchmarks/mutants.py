@@ -88,7 +88,12 @@ MUTANTS = (
     Mutant("journal", "if len(self.visits) == 1 and self.step == 0:", "if len(self.visits) == 1:"),
     Mutant("journal", "if moves > min(len(self.visits) - 1, len", "if moves > min(len(self.visits), len"),
     Mutant("journal", "if last.slice not in self.slices():", "if False:"),
-    Mutant("journal", "self._before[-1] = self._write_before(weight)", "self._write_before(weight)"),
+    Mutant(
+        "journal",
+        "self._before[-1] = self._write_before(weight)",
+        "self._write_before(weight)",
+        note="the same values: what is packed unpacks alike as long as the originals stay, and they do",
+    ),
     Mutant("journal", "Visit(last.slice, last.first_step, last.first_step - 1)", "Visit(*last)"),
     Mutant("journal", "self.visits[:-1]))", "self.visits))"),
     Mutant("journal", "for block in reversed(self._originals):", "for block in self._originals:"),
@@ -172,7 +177,7 @@ def main() -> None:
                 continue
             start = time.perf_counter()
             caught = first_failure(mutant, copy)
-            rows.append({"file": mutant.file, "old": mutant.old, "new": mutant.new, "caught_by": caught})
+            rows.append({**mutant._asdict(), "caught_by": caught})
             seconds = time.perf_counter() - start
             print(
                 f"{number + 1:3} {mutant.file}: {mutant.new.strip()!r}: {caught or 'SURVIVED'} ({seconds:.0f} s)",

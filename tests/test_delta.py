@@ -84,6 +84,16 @@ def test_the_active_master_keeps_its_precision():
     assert pack(journal, weight)["rows"].dtype == torch.bfloat16
 
 
+def test_what_unpack_gives_is_apart_from_the_parameter():
+    schedule = SCHEDULES[0]
+    journal, _, weight = trained(schedule, 3)
+    active = active_parameter(journal, weight, schedule)
+    values = unpack(pack(journal, weight), active, SHAPE, "fc")
+    before = {block: kept.clone() for block, kept in values.items()}
+    active.add_(1)
+    assert all(torch.equal(values[block], kept) for block, kept in before.items())
+
+
 def test_overlapping_lines_of_the_clamped_last_block_come_from_the_active_one():
     schedule = Schedule("row", 2, 2)  # 7 rows: blocks at 0, 2, 4, 5
     journal, _, weight = trained(schedule, 4)

@@ -310,6 +310,11 @@ def test_impossible_entries_are_refused(entry):
         read_table(torch.tensor([[0, 0, 1, 1, 1], entry]))
 
 
+def test_a_history_of_less_than_nothing_is_refused():
+    with pytest.raises(AdapterFileError, match=r"journal: impossible entry \[0, 0, 1, 1, 1, -2\]; the file is corrupt"):
+        read_table(torch.tensor([[0, 0, 1, 1, 1, -2]]))
+
+
 @pytest.mark.parametrize(
     "table",
     [
