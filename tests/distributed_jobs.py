@@ -15,6 +15,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from core_helpers import batches, mlp
 from peft_helpers import llama
-from slicefine import SliceFineConfig, movers_of
+from slicefine import SliceFineCallback, SliceFineConfig, movers_of
 from slicefine.journal import visit_table
 from slicefine.tuner import SliceTuner, attach
 
@@ -282,6 +283,26 @@ def trainer_ddp(rank: int, folder: Path) -> Found:
 
 def trainer_ddp_resumed(rank: int, folder: Path) -> Found:
     return trainer_run(folder / "trainer-again", 2, str(folder / "trainer-one" / "checkpoint-3"), ddp_backend="gloo")
+
+
+def epoch_order(rank: int, folder: Path) -> Found:
+    """The random state at an epoch's start of processes that drew unlike numbers, kept and brought back."""
+    state = SimpleNamespace(global_step=3, max_steps=8, epoch=1.5, log_history=[], stateful_callbacks={})
+    kept = {}
+    for kind in ("unlike", "alike"):
+        torch.manual_seed(rank if kind == "unlike" else 0)
+        first = SliceFineCallback()
+        first.any_model = True
+        before = torch.get_rng_state()
+        first.on_epoch_begin(None, state, None)
+        state.stateful_callbacks = {"SliceFineCallback": first.state()}
+        torch.rand(5)
+        again = SliceFineCallback()
+        again.any_model = True
+        again.on_train_begin(None, state, None)
+        again.on_epoch_begin(None, state, None)
+        kept[kind] = (len(first.epoch_began), torch.equal(torch.get_rng_state(), before))
+    return kept
 
 
 def peft_config() -> SliceFineConfig:

@@ -38,6 +38,7 @@ pytestmark = [
 ]
 
 JOBS = [jobs.ddp, jobs.ddp_resumed, jobs.ddp_unlike, jobs.trainer_ddp, jobs.trainer_ddp_resumed, jobs.pipeline]
+JOBS += [jobs.epoch_order]
 JOBS += [sharded.fsdp2, sharded.fsdp2_kept, sharded.fsdp2_variants, sharded.fsdp2_precision, sharded.fsdp2_saves]
 JOBS += [sharded.fsdp2_traffic, sharded.fsdp2_resumed, sharded.fsdp2_guards, sharded.peft_fsdp2]
 JOBS += [sharded.trainer_fsdp2, sharded.trainer_fsdp2_resumed]
@@ -290,6 +291,12 @@ def test_trainer_resumes_in_one_process_what_two_began(found, alone, folder):
     of(found, "trainer_ddp")
     again = jobs.trainer_run(folder / "trainer-alone", 1, str(folder / "trainer-two" / "checkpoint-3"))
     same_run(again, alone["trainer"])
+
+
+def test_each_process_draws_its_own_order_of_an_epoch_again(found):
+    """Dropout on texts of unlike lengths draws unlike numbers; a checkpoint has one file for all processes."""
+    for rank in of(found, "epoch_order"):
+        assert rank == {"unlike": (2, True), "alike": (1, True)}
 
 
 def test_trainer_under_fsdp2_gives_the_run_of_one_process(found, alone, folder):

@@ -20,26 +20,27 @@ class SliceFineCallback(TrainerCallback, ExportableState):
     A checkpoint's ``trainer_state.json`` carries what a resumed run needs to be the same one: the step of each adapter
     at which the run began; the run's steps that trained nothing, since their gradients were not finite (``Trainer``
     counts them, adapters do not); and the random state at the epoch's start, from which samplers that group by length
-    draw the epoch's order (transformers keeps the state at the checkpoint only).
+    draw the epoch's order (transformers keeps the state at the checkpoint only), of each process where they differ.
     """
 
     def __init__(self) -> None:
         self.any_model = False  # look after the order of epochs for models without slices, too
         self.starts: dict[str, int] = {}
         self.skipped: dict[str, list[int]] = {}
-        self.epoch_began = ""
-        self._resumed_epoch = ""
+        self.epoch_began: list[str] = []  # of each process, or of all
+        self._resumed_epoch: list[str] = []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         skipped = {name: list(steps) for name, steps in self.skipped.items()}
-        attributes = {"starts": dict(self.starts), "skipped": skipped, "epoch_began": self.epoch_began}
+        attributes = {"starts": dict(self.starts), "skipped": skipped, "epoch_began": list(self.epoch_began)}
         return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         found = kept_by(self, state) if state.global_step else {}
         starts = found.get("starts", {})
-        self._resumed_epoch = found.get("epoch_began", "")
+        epoch = found.get("epoch_began", [])
+        self._resumed_epoch = [epoch] if isinstance(epoch, str) else epoch
         for mover in movers_of(model) if model is not None else []:
             mover.begin_run(state.max_steps, done=state.global_step, start=starts.get(mover.name))
             self.starts[mover.name] = mover.run_start
@@ -51,9 +52,11 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         """Draw the order of the epoch that a checkpoint broke off as it was drawn; note the random state of others."""
         if not self.any_model and not (model is not None and movers_of(model)):
             return
-        if self._resumed_epoch:
-            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self._resumed_epoch), dtype=torch.uint8))
-        self._resumed_epoch = ""
+        kept, rank = self._resumed_epoch, _rank()
+        own = kept[0] if len(kept) == 1 else kept[rank] if rank < len(kept) else ""
+        if own:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(own), dtype=torch.uint8))
+        self._resumed_epoch = []
         self._note_epoch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -72,6 +75,10 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         if self.epoch_began and float(state.epoch or 0.0).is_integer():
             self._note_epoch()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Later evaluations belong to no epoch."""
+        self.epoch_began = []
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         """Note the loss and the metrics with the visit that they belong to."""
         found = _measured(logs or {})
@@ -83,7 +90,17 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         return None if step is None else step - sum(number <= step for number in self.skipped.get(mover.name, ()))
 
     def _note_epoch(self) -> None:
-        self.epoch_began = torch.get_rng_state().numpy().tobytes().hex()
+        own = torch.get_rng_state().numpy().tobytes().hex()
+        states = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():  # dropout draws unlike numbers
+            states = [""] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, own)
+        self.epoch_began = states if len(set(states)) > 1 else [own]
+
+
+def _rank() -> int:
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if started else 0
 
 
 def kept_by(callback: Any, state: Any) -> dict[str, Any]:
