@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,11 @@ from .functional import (
 from .geometry import Slice, covered, line_length
 from .held import HeldWeight
 from .initial import initial_block
-from .journal import visit_table
+from .journal import Journal, visit_table
 from .packed import PackedDelta
 from .schedule import Schedule, check_positions, slice_at, slices_of_others, widened
 from .sharded import is_sharded
-from .state import AdapterState
+from .state import AdapterState, version_of
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .weights import Stack, refuse_offloaded, value_dtype
 from .window import Place
@@ -87,7 +88,8 @@ class SliceAdapters(HeldWeight):
         shape = schedule.block_shape(self.shape)
         dtype = self.dense().dtype
         master = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-        self.slicefine_active[name] = nn.Parameter(torch.zeros(shape, dtype=master, device=self.base_weight.device))
+        with torch.inference_mode(False):  # who loads for serving may train later, and versions are counted
+            self.slicefine_active[name] = nn.Parameter(torch.zeros(shape, dtype=master, device=self.base_weight.device))
         self.states[name] = state
         state.deferred = self.base_weight.is_meta
         if not state.deferred:
@@ -304,6 +306,7 @@ class SliceAdapters(HeldWeight):
         state.previous = None
         self.mark_synced(name)
 
+    @torch.inference_mode(False)
     def aim(self, name: str) -> None:
         """Make what the forward looks at agree with the journal's last visit."""
         state = self.states[name]
@@ -332,7 +335,7 @@ class SliceAdapters(HeldWeight):
     def _base_version(self) -> tuple[weakref.ref[Tensor], int]:
         """The weight, and a number that someone else's writes change; our own go past it."""
         weight = self.base_weight
-        return weakref.ref(weight), 0 if weight.is_inference() else weight._version
+        return weakref.ref(weight), version_of(weight)
 
     def others_wrote(self, name: str) -> bool:
         """Whether someone wrote into the weight since adapter ``name`` was in sync with it; FSDP2 does all the time."""
@@ -370,7 +373,7 @@ class SliceAdapters(HeldWeight):
     def _in_sync(self, name: str, shown: Tensor | None = None) -> bool:
         """Whether the weight holds the parameter's values; ``shown`` is what the layer shows of it, if at hand."""
         parameter, synced = self.parameter(name, shown), self.states[name].synced
-        return synced is not None and synced[0]() is parameter and synced[1] == parameter._version
+        return synced is not None and synced[0]() is parameter and synced[1] == version_of(parameter)
 
     def _sync(self, name: str) -> None:
         """Write the parameter into the weight if something changed it (an optimizer, a loader, an average)."""
@@ -380,8 +383,8 @@ class SliceAdapters(HeldWeight):
         if len(self.applied) > 1:  # the weight holds their sum: add them up anew
             with self.reverted():
                 return
-        if self.others_wrote(name):  # DDP brought rank 0's weights: what the slice replaced is theirs
-            state.journal.renew(self.dense())
+        if self.others_wrote(name) and torch.distributed.is_initialized() and not state.copied:
+            state.journal.renew(self.dense())  # DDP brought rank 0's weights: what the slice replaced is theirs
         self.take(name, self.values(name))
 
     def take(self, name: str, values: Tensor) -> None:
@@ -476,13 +479,27 @@ class SliceAdapters(HeldWeight):
                 f"{self.label}: the state dict's slices {'are differences' if beside else 'are values'}, and this "
                 f"layer's {'are values' if beside else 'are differences'}; attach with additive={beside}."
             )
+        alone = [n for n in self.states if f"{prefix}slicefine_active.{n}" in state_dict] if not sliced else []
+        for name in alone:
+            _check_alone(self, name)
+        weight = state_dict.get(f"{prefix}{'base_layer.' * (self.depth + 1)}{self.kind.parameter}")
         if weight_comes:
             self.forget_frozen()
-        if sliced and weight_comes:
+        if weight_comes and (sliced or (not alone and self._is_new(weight))):
             names = self.applied if self.requested is None else self.requested
             self.apply_only([])
             self.requested = names
+            for state in self.states.values() if not sliced else ():
+                if len(state.journal.visits) == 1 and state.journal.step == 0:  # it begins anew, in this weight
+                    state.journal, state.deferred = Journal(state.journal.reach), True
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+    def _is_new(self, weight: Tensor) -> bool:
+        """Whether a weight that arrives differs from what is there: another base, or ours without the slices."""
+        here = self.base_weight
+        if self.packed is not None or here.is_meta or weight.is_meta or is_sharded(here) or is_sharded(weight):
+            return False
+        return weight.shape == here.shape and not torch.equal(weight.to(here), here)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise UnsupportedError(
@@ -507,13 +524,33 @@ class SliceAdapters(HeldWeight):
                 state.index = state.index.to(device)
                 state.fixed = None if state.fixed is None else state.fixed.to(device)
             if name in synced:  # the values are the same ones, elsewhere or in another precision
-                state.synced = (weakref.ref(self.parameter(name)), self.parameter(name)._version)
+                state.synced = (weakref.ref(self.parameter(name)), version_of(self.parameter(name)))
                 state.base_version = self._base_version
         return self
 
 
 def _be_called(layer: nn.Module, args: Any) -> None:
     """PyTorch's fused transformer layers read weights past their layers, but not where one of them has a hook."""
+
+
+def _check_alone(layer: SliceAdapters, name: str) -> None:
+    """A parameter without its journal has values of nobody knows which lines: a snapshot of what requires gradients.
+
+    Raises:
+        AdapterFileError: if the slice has moved; before that they are those of the first slice, unless it moved there.
+    """
+    how = (
+        "Snapshots and files hold a slice's place beside its values: take get_peft_model_state_dict(model) and "
+        "set_peft_model_state_dict, all of model.state_dict(), or save_pretrained (of attach: tuner.save, tuner.load)."
+    )
+    text = f"{layer.label}: the state dict has slicefine_active.{name} without slicefine_journal.{name}"
+    if len(layer.states[name].journal.visits) > 1:
+        raise AdapterFileError(f"{text}, so it does not say which of the visited slices these values are of. {how}")
+    mover = layer.states[name].mover
+    if mover is not None and mover.settings.moves != 0:
+        warnings.warn(
+            f"SliceFine: {text}; the values are taken for the first slice's. {how}", UserWarning, stacklevel=4
+        )
 
 
 def _check_beside(schedule: Schedule, layer_name: str) -> None:

@@ -59,7 +59,7 @@ def line_index(block: Slice, shape: tuple[int, int]) -> Tensor:
     """Indices of a slice's lines (rows, columns, or flat entries), int64: the data that moves with the slice."""
     if block.axis == "entries":
         return entry_indices(block, shape)
-    return torch.arange(block.start, block.start + block.width)
+    return torch.arange(block.start, block.start + block.width, device="cpu")
 
 
 def block_view(weight: Tensor, block: Slice) -> Tensor:

@@ -98,13 +98,13 @@ def entry_indices(draw: Slice, shape: tuple[int, int]) -> torch.Tensor:
     total = shape[0] * shape[1]
     generator = torch.Generator().manual_seed(draw.start)
     if draw.width > total // 2:  # the dense draw: cheaper to permute everything
-        return torch.randperm(total, generator=generator)[: draw.width].sort().values
-    found = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(total, generator=generator, device="cpu")[: draw.width].sort().values
+    found = torch.empty(0, dtype=torch.int64, device="cpu")
     while found.numel() < draw.width:
         missing = draw.width - found.numel()
-        more = torch.randint(total, (missing + missing // 8 + 16,), generator=generator)
+        more = torch.randint(total, (missing + missing // 8 + 16,), generator=generator, device="cpu")
         found = torch.unique(torch.cat([found, more]))
-    keep = torch.randperm(found.numel(), generator=generator)[: draw.width]
+    keep = torch.randperm(found.numel(), generator=generator, device="cpu")[: draw.width]
     return found[keep.sort().values]
 
 
@@ -152,11 +152,11 @@ def covered(block: Slice, others: Iterable[Slice], shape: tuple[int, int]) -> to
     """
     if block.axis == "entries":
         own = entry_indices(block, shape)
-        found = torch.zeros(len(own), dtype=torch.bool)
+        found = torch.zeros(len(own), dtype=torch.bool, device="cpu")
         for other in others:
             found |= _inside(own, other, shape)
         return found.unsqueeze(0)
-    found = torch.zeros(block.width, line_length(block.axis, shape), dtype=torch.bool)
+    found = torch.zeros(block.width, line_length(block.axis, shape), dtype=torch.bool, device="cpu")
     for other in others:
         if other.axis == "entries":
             indices = entry_indices(other, shape)

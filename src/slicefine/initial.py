@@ -55,11 +55,15 @@ def initial_block(kind: str, block: Slice, shape: tuple[int, int], layer: str = 
         torch.Size([1, 3])
     """
     number = zlib.crc32(f"{seed}/{layer}/{block.axis}/{block.start}".encode())
-    drawn = torch.randn(block.width, line_length(block.axis, shape), generator=torch.Generator().manual_seed(number))
+    drawn = torch.randn(
+        block.width, line_length(block.axis, shape), generator=torch.Generator().manual_seed(number), device="cpu"
+    )
     return drawn * standard_deviation(kind, shape)
 
 
 def initial_matrix(kind: str, shape: tuple[int, int], name: str = "", seed: int = 0) -> Tensor:
     """New values of a whole matrix, ``(out, in)`` in fp32 on the CPU; each name draws its own numbers."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())))
+    drawn = torch.randn(
+        shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode())), device="cpu"
+    )
     return drawn * standard_deviation(kind, shape)

@@ -294,7 +294,7 @@ def visit_table(visits: Sequence[Visit], kept: Sequence[int] | None = None) -> T
         [AXES.index(v.slice.axis), *v.slice[1:], v.first_step, v.last_step, count]
         for v, count in zip(visits, kept, strict=True)
     ]
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 6)
 
 
 def read_table(table: Tensor) -> list[Visit]:
@@ -334,5 +334,5 @@ def history_count(visits: Sequence[Visit], number: int, shape: tuple[int, int]) 
 def split_history(table: Tensor, before: Tensor | None) -> list[Tensor | None]:
     """`Journal.history` again, from its values in one piece."""
     counts = kept_counts(table)
-    parts = iter(torch.split(torch.empty(0) if before is None else before, [c for c in counts if c >= 0]))
+    parts = iter(torch.split(torch.empty(0, device="cpu") if before is None else before, [c for c in counts if c >= 0]))
     return [None if count < 0 else next(parts) for count in counts]

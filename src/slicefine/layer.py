@@ -61,6 +61,12 @@ class SliceLayer(SliceAdapters):
                     self.settle(name)
         return self.base_weight
 
+    def train(self, mode: bool = True) -> SliceLayer:
+        """As of any module; what was written into the parameter comes into the weight, for compiled forwards, too."""
+        self._looked_at()
+        super().train(mode)
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
         if not self.kind.called:

@@ -6,10 +6,11 @@ micro-batches: gradient accumulation, recomputation and skipped steps never move
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -209,20 +210,38 @@ class Mover:
 
     # -- the hooks ------------------------------------------------------------------------------------------------
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Before the first step of ``optimizer`` note what is frozen; before each, see to gradients to be skipped."""
+    def before_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Callable[[], Any] | None:
+        """Before the first step of ``optimizer`` note what is frozen; before each, see to gradients to be skipped.
+
+        Args:
+            optimizer: about to step.
+            closure: that makes the gradients within the step.
+
+        Returns:
+            The closure to call instead.
+        """
         skips = self.settings.on_nonfinite == "skip"
         if self.watching and not skips:
-            return
+            return closure
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         ids = {id(p) for p in parameters}
         if not any(id(entry.parameter) in ids for entry in self._training()):
-            return
+            return closure
         if not self.watching:
             remember(self._with_adapter())
             self.watching = True
-        if skips:
+        if not skips:
+            return closure
+        if closure is None:
             self._drop_gradients(parameters)
+            return None
+
+        def looked_at() -> Any:
+            loss = closure()
+            self._drop_gradients(parameters)
+            return loss
+
+        return looked_at
 
     def _drop_gradients(self, parameters: list[Tensor]) -> None:
         """Without gradients an optimizer's step changes nothing: no parameter, no momentum, no decay."""
@@ -419,6 +438,10 @@ class Mover:
             return  # no backward came through the slices since then: that step was another model's
         self.foreign_steps += 1
         if self.foreign_steps >= FOREIGN_STEPS:
+            ours = {id(entry.parameter) for entry in self._training()}
+            if _held_by_some_optimizer(ours):  # it will step later: a head is trained first, or more often
+                self.stepped = True
+                return
             raise OptimizerError(
                 f"adapter {self.name!r}: gradients arrive, but {self.foreign_steps} optimizer steps went by and no "
                 "optimizer holds the slices' parameters. Build the optimizer after get_peft_model (or attach), from "
@@ -471,6 +494,12 @@ class Mover:
         return sum(first <= self.run_start + 1 for first in starts)
 
 
+def _held_by_some_optimizer(ids: set[int]) -> bool:
+    """Whether an optimizer that is alive holds one of the parameters; looked for once, among all objects."""
+    optimizers = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    return any(id(p) in ids for found in optimizers for group in found.param_groups for p in group["params"])
+
+
 def _steps(state: AdapterState) -> int:
     """Optimizer steps of the current visit."""
     visit = state.journal.visits[-1]
@@ -486,9 +515,16 @@ def movers_of(model: torch.nn.Module) -> list[Mover]:
     return sorted(found, key=lambda mover: order.get(mover.name, math.inf))
 
 
-def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Args of ``step``: in a pre-hook the optimizer comes first."""
+    rest = args[1:] if args and args[0] is optimizer else args
+    closure = given = rest[0] if rest else kwargs.get("closure")
     for mover in list(_MOVERS):
-        mover.before_step(optimizer)
+        closure = mover.before_step(optimizer, closure)
+    if closure is given:
+        return args, kwargs
+    head = args[: len(args) - len(rest)]
+    return ((*head, closure, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": closure})
 
 
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from .sharded import whole
+from .sharded import is_sharded, whole
 
 __all__ = ["FACTORED", "REFUSED", "creates_state", "reset_optimizer_state"]
 
@@ -47,9 +47,7 @@ def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
     if not state:
         return
     tensors = {key: value for key, value in state.items() if value is not None}
-    known = all(
-        key in ZERO_STATE and (not isinstance(v, Tensor) or v.is_floating_point()) for key, v in tensors.items()
-    )
+    known = all(key in ZERO_STATE and _zeroes_in_place(value) for key, value in tensors.items())
     damped = any(group.get("dampening", 0) for group in optimizer.param_groups)  # SGD: its first step is undamped
     if isinstance(optimizer, torch.optim.Adagrad):  # it creates its state once, in its constructor
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
@@ -64,6 +62,13 @@ def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:
             value.zero_()
         else:
             state[key] = 0
+
+
+def _zeroes_in_place(value: object) -> bool:
+    """Whether zeros can be written into a piece of state; tensor subclasses of quantised states may refuse them."""
+    if not isinstance(value, Tensor):
+        return True
+    return value.is_floating_point() and (type(value) in (Tensor, torch.nn.Parameter) or is_sharded(value))
 
 
 def creates_state(optimizer: Optimizer, parameters: list[Tensor]) -> bool:

@@ -229,7 +229,7 @@ def slice_at(schedule: Schedule, visit: int, shape: tuple[int, int], layer: str 
         number = 0
     elif schedule.positions == "random":
         generator = torch.Generator().manual_seed(_seed(schedule.seed, schedule.order_of or layer + axis, cycle))
-        number = int(torch.randperm(len(starts), generator=generator)[number])
+        number = int(torch.randperm(len(starts), generator=generator, device="cpu")[number])
     chosen = Slice(axis, int(starts[number]), width)
     chosen.check(shape, f"positions list, layer {layer!r}, visit {visit}")
     return chosen

@@ -16,7 +16,16 @@ from .journal import Journal
 from .schedule import Schedule
 from .window import Place
 
-__all__ = ["AdapterState", "Frozen", "SampledEntry", "base_sample", "new_stamp", "read_sample", "same_base"]
+__all__ = [
+    "AdapterState",
+    "Frozen",
+    "SampledEntry",
+    "base_sample",
+    "new_stamp",
+    "read_sample",
+    "same_base",
+    "version_of",
+]
 
 _STAMPS = itertools.count(1)
 
@@ -24,6 +33,11 @@ _STAMPS = itertools.count(1)
 def new_stamp() -> int:
     """A number that no weight's content had before in this process."""
     return next(_STAMPS)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; tensors made under ``torch.inference_mode`` do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class SampledEntry(NamedTuple):
@@ -100,7 +114,7 @@ class AdapterState:
         self.schedule = schedule
         self.layer_name = layer_name
         self.journal = Journal(history)
-        self.index = torch.empty(0, dtype=torch.int64)
+        self.index = torch.empty(0, dtype=torch.int64, device="cpu")
         self.fixed: Tensor | None = (
             None  # entries of the parameter that belong to others (`SliceLayer.fixed_lines`), padded
         )
@@ -121,6 +135,7 @@ class AdapterState:
         self.idle = False  # outside the window now: the forward attaches no slice
         self.below = False  # idle, and below the window: no gradient should come here
         self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
+        self.copied = False  # of another layer's state: DDP never brings it weights of its own
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
 
     def forget(self) -> None:
@@ -129,10 +144,16 @@ class AdapterState:
 
     def __getstate__(self) -> dict[str, Any]:
         # a view would be pickled with all of the weight under it; a copy has other parameters
-        return self.__dict__ | {"views": (), "file_cache": None, "synced": None, "base_version": None}
+        return self.__dict__ | {
+            "views": (),
+            "file_cache": None,
+            "synced": None,
+            "base_version": None,
+            "copied": True,
+        }
 
     def mark_synced(self, parameter: Tensor) -> None:
         """Note that the weight holds the parameter's values as they are now."""
-        self.synced = (weakref.ref(parameter), parameter._version)
+        self.synced = (weakref.ref(parameter), version_of(parameter))
         self.stamp = new_stamp()
         self.file_cache = None

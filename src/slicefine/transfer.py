@@ -195,7 +195,7 @@ def _refuse_meta_shards(layer: Holder) -> None:
 def _placeholders(layout: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors of the right shape for loaders that look before they load; they are never written to a file."""
     types = {kind: torch.int64 if kind == "journal" else torch.float32 for kind in layout}
-    return {kind: torch.empty(shape, dtype=types[kind]) for kind, shape in layout.items()}
+    return {kind: torch.zeros(shape, dtype=types[kind]) for kind, shape in layout.items()}
 
 
 def expect_checkpoint(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:

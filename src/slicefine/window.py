@@ -108,7 +108,7 @@ class Window:
     def _sequence(self, number: int, cycle: int) -> Sequence[int]:
         if self.order == "random":
             generator = torch.Generator().manual_seed((self.seed << 20) + cycle)
-            order: list[int] = torch.randperm(number, generator=generator).tolist()
+            order: list[int] = torch.randperm(number, generator=generator, device="cpu").tolist()
             return order
         return range(number - 1, -1, -1) if self.order == "bottom-up" else range(number)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,12 @@ class SliceFineConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        try:  # numpy's numbers would pass until a file is written
+            self.seed = operator.index(self.seed)
+        except TypeError:
+            raise ConfigError(f"seed={self.seed!r} must be an integer.") from None
+        if isinstance(self.mask_fraction, numbers.Real):
+            self.mask_fraction = float(self.mask_fraction)
         if not isinstance(self.history, int) or isinstance(self.history, bool) or self.history < 0:
             raise ConfigError(f"history={self.history!r} must be an integer of at least 0.")
         if self.additive not in (None, True, False):
@@ -298,4 +306,9 @@ class SliceFineConfig(PeftConfig):
             result["positions"] = "sweep"
         elif isinstance(positions, Sequence) and not isinstance(positions, str):
             result["positions"] = [int(start) for start in positions]  # a range, say
+        elif isinstance(positions, Mapping):
+            result["positions"] = {
+                layer: {axis: [int(start) for start in starts] for axis, starts in orders.items()}
+                for layer, orders in positions.items()
+            }
         return result

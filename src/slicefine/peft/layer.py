@@ -157,7 +157,8 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
                 "share the dense weight. Run one batch per adapter with set_adapter, which is cheap."
             )
         if self.disable_adapters or (self.merged and self.packed is None):
-            return self.base_layer(*args, **kwargs)
+            y = self.base_layer(*args, **kwargs)
+            return y if self.kind.layout == "hidden" else self._guarded(y, [])  # backward may come after a switch
         return super().forward(*args, **kwargs)
 
     def __repr__(self) -> str:

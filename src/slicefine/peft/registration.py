@@ -106,8 +106,16 @@ def _save_whole() -> None:
             save(self, str(aside), *args, **kwargs)
             for file in aside.rglob(CONFIG):
                 seal(file.parent)
+        _forget_files(self)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _forget_files(model: Any) -> None:
+    """Of a file's content its configuration alone tells; what stays in the model may begin another training."""
+    for config in model.peft_config.values():
+        if config.peft_type == NAME:
+            config.layout = config.weights = config.progress = config.checksums = None
 
 
 def _check_before_loading() -> None:
@@ -125,7 +133,9 @@ def _check_before_loading() -> None:
             config = read_config(folder)
             if config.get("peft_type") == NAME:
                 check_sealed(folder, config)
-        return load(self, model_id, *args, **kwargs)
+        found = load(self, model_id, *args, **kwargs)
+        _forget_files(self)
+        return found
 
     PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
 
