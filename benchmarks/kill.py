@@ -3,7 +3,8 @@
 A child trains, writes a checkpoint after each step and the adapter after each checkpoint, and is killed at a random
 moment of a save. The next child goes on from what it finds, until the run is over; then its weights and its log are
 compared with those of a run that nobody killed. After each kill every folder that is called a checkpoint must have all
-its files, and the adapter must be that of the last step or of the one before.
+its files, and the adapter must be, whole, that of a step: never of an earlier one than before, and of none later
+than the newest checkpoint.
 
     python benchmarks/kill.py --kills 100 --out benchmarks/results/kill.json
 """
@@ -106,16 +107,23 @@ def killed(folder: Path, steps: int, draw: random.Random, duration: float) -> in
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def broken(folder: Path, reference: Path) -> list[str]:
-    """What is not whole after a kill."""
+def broken(folder: Path, reference: Path, before: int) -> tuple[list[str], int]:
+    """What is not whole after a kill, and the step that the adapter is of.
+
+    Args:
+        folder: of the run.
+        reference: of the run that nobody killed.
+        before: the step that the adapter was of before this child.
+    """
     found = list((folder / "checkpoints").glob("checkpoint-*"))
     bad = [path.name for path in found if FILES - {file.name for file in path.iterdir()}]
     adapter, last = folder / "adapter", max((int(path.name.rpartition("-")[2]) for path in found), default=0)
-    if last <= 1 and not adapter.is_dir():  # none was written yet
-        return bad
-    steps = [step for step in (last - 1, last) if step]
-    same = [step for step in steps if same_adapter(reference / f"adapter-{step}", adapter)]
-    return bad if same else [*bad, f"adapter of neither step {steps}"]
+    if not adapter.is_dir():
+        return (bad if before == 0 else [*bad, f"the adapter of step {before} is gone"]), 0
+    same = [step for step in range(max(1, before), last + 1) if same_adapter(reference / f"adapter-{step}", adapter)]
+    if not same:
+        return [*bad, f"the adapter is of none of the steps {before} to {last}"], before
+    return bad, same[-1]
 
 
 def same_adapter(one: Path, other: Path) -> bool:
@@ -147,12 +155,13 @@ def main() -> None:
         while kills < chosen.kills:
             folder, runs = Path(place) / f"run-{runs}", runs + 1
             folder.mkdir()
+            step = 0
             while (status := killed(folder, chosen.steps, draw, duration)) != 0:
                 kills += 1
-                bad = broken(folder, whole) if status == 137 else [f"status {status}", (folder / "log").read_text()]
+                bad, step = broken(folder, whole, step) if status == 137 else ([str(status)], step)
                 found += [{"kill": kills, "broken": bad}] if bad else []
-                if bad and status != 137:
-                    raise SystemExit(bad)
+                if status != 137:
+                    raise SystemExit((folder / "log").read_text())
             bad = differences(expected, torch.load(folder / "facts.pt", weights_only=True))
             found += [{"run": runs, "differs": bad}] if bad else []
             print(f"{kills} kills, {runs} runs, {len(found)} broken", found[-1:], flush=True)
