@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_helpers import IDS, MODES, THIRD_PARTY, config, layers, llama, logits, same, train, weights
 from slicefine import SliceFineConfig, movers_of
-from slicefine.errors import AdapterFileError, ConfigError, UnsupportedError
+from slicefine.errors import AdapterFileError, ConfigError
 from slicefine.files.adapter import seal
 
 pytestmark = THIRD_PARTY
@@ -312,11 +312,14 @@ def test_a_file_may_hold_the_last_slice_in_the_bases_precision(tmp_path: Path):
         config(save_values="half")
 
 
-def test_pickles_are_refused_and_the_folder_stays(tmp_path: Path):
+def test_a_pickle_takes_the_place_of_an_older_file(tmp_path: Path):
+    """PEFT's option; of both files PEFT would read the older one."""
     model = trained("row")
     model.save_pretrained(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     train(model)
-    with pytest.raises(UnsupportedError, match="safe_serialization=False writes a pickle.*Leave it out"):
-        model.save_pretrained(tmp_path, safe_serialization=False)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert sorted(path.name for path in tmp_path.glob("adapter_model*")) == ["adapter_model.bin"]
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    model.save_pretrained(tmp_path)
+    train(model)
+    assert not torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))

@@ -425,9 +425,10 @@ class SliceAdapters(HeldWeight):
             self.packed = PackedDelta(self.shape, value_dtype(self.base_layer), self.base_weight.device)
         if state.deferred and "journal" not in state.staged:
             with self.reverted():
-                self.begin(name, slice_at(state.schedule, 0, self.shape, state.layer_name))
+                for block in state.again or [slice_at(state.schedule, 0, self.shape, state.layer_name)]:
+                    self.begin(name, block)
                 state.journal.revert(self.dense())
-        state.deferred = False
+        state.deferred, state.again = False, []
         if "journal" in state.staged and not self.slicefine_active[name].is_meta:
             install(self, name)
         elif not state.journal.applied and not self._in_sync(name):
@@ -490,7 +491,8 @@ class SliceAdapters(HeldWeight):
             self.apply_only([])
             self.requested = names
             for state in self.states.values() if not sliced else ():
-                if len(state.journal.visits) == 1 and state.journal.step == 0:  # it begins anew, in this weight
+                if state.journal.visits and state.journal.step == 0:  # untrained: it begins anew, in this weight
+                    state.again = [visit.slice for visit in state.journal.visits]
                     state.journal, state.deferred = Journal(state.journal.reach), True
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
 

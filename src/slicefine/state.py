@@ -137,6 +137,7 @@ class AdapterState:
         self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
         self.copied = False  # of another layer's state: DDP never brings it weights of its own
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
+        self.again: list[Slice] = []  # slices that were visited before another base weight came; empty: the first
 
     def forget(self) -> None:
         """Drop what was staged of a file, and what was announced of it."""

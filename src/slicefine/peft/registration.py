@@ -18,7 +18,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from ..durable import replacing_files
-from ..errors import UnsupportedError
 from ..files.adapter import CONFIG, WEIGHTS, check_sealed, mend, read_config, seal
 from ..layer import SliceLayer
 
@@ -91,11 +90,6 @@ def _save_whole() -> None:
         given = names.bind(self, save_directory, *args, **kwargs).arguments
         main = given.get("is_main_process", True)
         sliced = any(config.peft_type == NAME for config in self.peft_config.values())
-        if sliced and not given.get("safe_serialization", True):  # PEFT would read an older file beside it, too
-            raise UnsupportedError(
-                "save_pretrained: safe_serialization=False writes a pickle, which runs code when it is loaded; slices "
-                "are saved as safetensors alone. Leave it out."
-            )
         if not (sliced and main) or Path(save_directory).is_file():  # a file: PEFT says so
             save(self, save_directory, *args, **kwargs)
             return
@@ -106,6 +100,10 @@ def _save_whole() -> None:
             save(self, str(aside), *args, **kwargs)
             for file in aside.rglob(CONFIG):
                 seal(file.parent)
+            written = [file.parent.relative_to(aside) for file in aside.rglob(CONFIG)]
+        if not given.get("safe_serialization", True):  # an older file would be read instead of the pickle
+            for part in written:
+                Path(save_directory, part, WEIGHTS).unlink(missing_ok=True)
         _forget_files(self)
 
     PeftModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
