@@ -293,3 +293,30 @@ def test_a_file_written_just_after_a_move_keeps_the_history_in_the_bases_precisi
     assert files[0].keys() == files[1].keys()
     for key, tensor in files[0].items():
         assert (tensor.dtype, tensor.tolist()) == (files[1][key].dtype, files[1][key].tolist()), key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"training__learning_rate": 0.1, "training__seed": 7},
+            r"training.learning_rate was 0.01 and is 0.1; training.seed was",
+        ),
+        ({"slice__r": 3}, r"slice.r was 2 and is 3. A run goes on with the settings that it began with"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings(
+    bert: str, reviews: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+):
+    changes = {**BASE, "training__save_steps": 2}
+    broken(recipe(bert, reviews, tmp_path / "run", **changes), monkeypatch, Pull(3))
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(bert, reviews, tmp_path / "run", resume=True, **changes | change))
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+    free = {"training__logging_steps": 2, "training__workers": 0}
+    with pytest.warns(UserWarning, match="training.epochs was 2 and is 3, so the run's plan"):
+        assert (
+            train(recipe(bert, reviews, tmp_path / "run", resume=True, **changes | free, training__epochs=3))["steps"]
+            == 12
+        )

@@ -144,8 +144,10 @@ def test_settings_that_make_no_sense_are_refused():
         undo(run.adapter, 0)
     with pytest.raises(ConfigError, match=r"has 2 visits; there is no number 3"):
         drop(run.adapter, 2)
-    with pytest.raises(ConfigError, match="has one visit, and without it nothing is left"):
+    with pytest.raises(ConfigError, match="has 2 visits, and the first one stays, so at most 1 can be taken back"):
         undo(run.adapter, 2)
+    with pytest.raises(ConfigError, match="has one visit, and without it nothing is left"):
+        undo(undo(run.adapter), 1)
     uneven = run.adapter.layers | {"other": drop(run.adapter, 0).layers["fc"]}
     with pytest.raises(UnsupportedError, match="visited 1 to 2 times, as in a composed adapter"):
         undo(Adapter(Path("somewhere"), {}, uneven))

@@ -45,7 +45,7 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
         common: Sequence[str] = (),
         **_: Any,
     ) -> None:
-        super().__init__(usage=usage, description=about, **_)
+        super().__init__(usage=usage, description=about, **{"allow_abbrev": False, **_})
         self.examples, self.common = tuple(examples), tuple(common)
         if common:
             self.add_argument("--help_all", action=_HelpAll, help="Show every setting and exit.")

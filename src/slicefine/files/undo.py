@@ -30,6 +30,12 @@ def undo(adapter: Adapter, moves: int = 1) -> Adapter:
     """
     if moves < 1:
         raise ConfigError(f"undo: moves={moves} must be at least 1.")
+    count = _visits(adapter)
+    if moves >= count > 1:
+        raise ConfigError(
+            f"undo: {adapter.folder} has {count} visits, and the first one stays, so at most {count - 1} can be taken "
+            f"back; got moves={moves}."
+        )
     for _ in range(moves):
         adapter = drop(adapter, _visits(adapter) - 1)
     return adapter

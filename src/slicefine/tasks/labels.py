@@ -95,8 +95,12 @@ def label_numbers(values: list[Any], names: list[str]) -> list[int | None]:
 
 def _check_kind(values: list[Any], column: str, split: str) -> None:
     for row, value in enumerate(values):
-        if value is None:
-            raise DataError(f"{split} set, row {row}: column {column!r} holds no label. Fill it in, or drop the row.")
+        if value is None or (isinstance(value, float) and value != value):  # one hole makes all numbers of it floats
+            raise DataError(
+                f"{split} set, row {row} (the first is 0): column {column!r} holds no label. Fill it in, or drop the "
+                "row."
+            )
+    for row, value in enumerate(values):
         if isinstance(value, str) != isinstance(values[0], str):
             raise DataError(
                 f"{split} set, row {row}: label {value!r} in column {column!r} is a {type(value).__name__}, row 0 "

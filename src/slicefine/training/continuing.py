@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,20 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..durable import write_file
+from ..errors import ConfigError
 from ..mover import movers_of
 from ..peft.callback import kept_by
 from ..peft.stopping import at_epoch_end
+from ..reading import read_json
 
-__all__ = ["Continued", "Patience", "Record", "SaveEvery", "remove_checkpoints"]
+__all__ = ["Continued", "KeepSettings", "Patience", "Record", "SaveEvery", "check_settings", "remove_checkpoints"]
+
+SETTINGS = "slicefine_settings.json"  # in each checkpoint: what its run was told
+# settings that do not decide what a run comes to
+FREE = {"training.eval_batch_size", "training.evaluate_before", "training.logging_steps", "training.report_to"}
+FREE |= {"training.workers", "training.save_steps", "training.save_limit", "training.gradient_checkpointing"}
+LENGTH = ("training.epochs", "training.max_steps")
 
 
 class SaveEvery(TrainerCallback):  # type: ignore[misc]
@@ -36,6 +48,61 @@ class SaveEvery(TrainerCallback):  # type: ignore[misc]
         """At its end, and at the run's."""
         if state.global_step % self.steps == 0 or state.global_step >= state.max_steps:
             control.should_save = True
+
+
+class KeepSettings(TrainerCallback):  # type: ignore[misc]
+    """Write the run's settings into each checkpoint, so that nobody goes on with others unawares.
+
+    Args:
+        settings: groups of settings as plain data.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = settings
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint was written."""
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            write_file(folder / SETTINGS, json.dumps(_flat(self.settings), indent=2, default=str) + "\n")
+
+
+def check_settings(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Compare the settings of a run that goes on with those that it began with.
+
+    Args:
+        checkpoint: to go on from.
+        settings: as in `KeepSettings`.
+
+    Raises:
+        ConfigError: naming what differs; a run of another length is warned of only.
+    """
+    path = checkpoint / SETTINGS
+    if not path.is_file():  # written before this was kept
+        return
+    before, now = read_json(path), json.loads(json.dumps(_flat(settings), default=str))
+    names = sorted((before.keys() | now.keys()) - FREE)
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    wrong = [name for name in changed if name not in LENGTH]
+    if wrong:
+        listed = "; ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in wrong[:3])
+        raise ConfigError(
+            f"resume: {listed}{f' ({len(wrong)} settings in all)' if len(wrong) > 3 else ''}. A run goes on with the "
+            f"settings that it began with; give those, or start a new run in another output. (If only a folder "
+            f"moved, correct it in {path}.)"
+        )
+    if changed:
+        warnings.warn(
+            f"SliceFine: {changed[0]} was {before.get(changed[0])!r} and is {now.get(changed[0])!r}, so the run's plan "
+            "of moves and rates is another one than before.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"training.seed": 42, ...}``."""
+    return {f"{group}.{name}": value for group, values in settings.items() for name, value in values.items()}
 
 
 class Patience(EarlyStoppingCallback):  # type: ignore[misc]

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
 from .checkpoints import damaged
+from .continuing import check_settings
 from .settings import TrainSettings
 
 __all__ = ["CHECKPOINTS", "RunFolder", "open_folder"]
@@ -27,10 +29,11 @@ class RunFolder:
     Attributes:
         path: the output folder.
         checkpoint: the checkpoint to resume from, or None.
+        settings: groups of settings, those that decide what a run comes to, as plain data.
     """
 
-    def __init__(self, path: Path, checkpoint: Path | None, created: list[Path]) -> None:
-        self.path, self.checkpoint, self._created = path, checkpoint, created
+    def __init__(self, path: Path, checkpoint: Path | None, created: list[Path], settings: dict[str, Any]) -> None:
+        self.path, self.checkpoint, self._created, self.settings = path, checkpoint, created, settings
 
     @property
     def checkpoints(self) -> Path:
@@ -58,9 +61,13 @@ def open_folder(settings: TrainSettings) -> RunFolder:
     """Find or make the output folder, and the checkpoint if the run is resumed.
 
     Raises:
-        ConfigError: if the folder cannot be written, holds results already, or has no checkpoint to resume from.
+        ConfigError: if the folder cannot be written, holds results already, or has no checkpoint to resume from; or if
+            that was written with other settings.
     """
+    groups = {name: values for name, values in settings.as_dict().items() if isinstance(values, dict)}
     checkpoint = _find_checkpoint(settings)
+    if checkpoint is not None:
+        check_settings(checkpoint, groups)
     path = _output(settings, checkpoint)
     earlier = "results" if (path / RESULTS).exists() else "checkpoints" if _checkpoints(path) else None
     if checkpoint is None and not settings.overwrite and earlier is not None:
@@ -77,7 +84,7 @@ def open_folder(settings: TrainSettings) -> RunFolder:
         raise ConfigError(f"output={str(path)!r} cannot be written ({error}). Choose a folder that can be.") from error
     if checkpoint is None and settings.overwrite:
         shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
-    return RunFolder(path, checkpoint, created)
+    return RunFolder(path, checkpoint, created, groups)
 
 
 def _output(settings: TrainSettings, checkpoint: Path | None) -> Path:

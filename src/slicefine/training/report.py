@@ -105,6 +105,9 @@ def print_report(session: Session, report: dict[str, Any], console: Console) -> 
     table.add_row("added parameters", f"{counts['added']:,}")
     table.add_row("moves made", _moves(report["moves"]))
     table.add_row("optimizer steps", f"{report['steps']:,} ({duration(report['seconds_per_step'])} each)")
+    if report.get("best_step") not in (None, 0, report["steps"]):
+        kept = f"step {report['best_step']:,}, the best {name} (training.load_best=false keeps the last)"
+        table.add_row("kept and written", kept)
     table.add_row("training time", duration(report["train_seconds"]))
     table.add_row("peak memory", f"{size(report['peak_memory_bytes'])} ({report['peak_memory_kind']})")
     table.add_row("file size", size(report["file_bytes"]))

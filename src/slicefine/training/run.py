@@ -16,6 +16,7 @@ from ..peft.stopping import Interrupted, StopOnSignal, raising_on_sigterm
 from ..plots import draw_run
 from ..tasks.general import general_loss
 from .backbone import with_changed_backbone
+from .continuing import KeepSettings
 from .folders import RESULTS, RunFolder, open_folder
 from .plan import make_plan, print_plan
 from .report import environment, peak_memory, print_report, reset_peak_memory, run_counts, write_json
@@ -74,7 +75,8 @@ def _run(session: Session, folder: RunFolder, console: Console) -> dict[str, Any
     screen = Screen(console, metric)
     trainer = session.trainer(str(folder.checkpoints), screen)
     stop = StopOnSignal(say=lambda text: console.print(text, highlight=False, soft_wrap=True))
-    trainer.add_callback(stop)
+    trainer.add_callback(KeepSettings(folder.settings))
+    trainer.add_callback(stop)  # last: it ends the run when a checkpoint is written
     before = _measure(trainer, session) if settings.training.evaluate_before else {}
     set_seed(settings.training.seed)
     try:
