@@ -261,7 +261,9 @@ def test_labels_that_cannot_be_classes_are_refused():
         make("text-classification").read({"train": MixedLabels([0, 1, "x"])})
     with pytest.raises(DataError, match=r"row 1: label 4294967296 in column 'label' is no class number"):
         make("text-classification").read(splits_of([{"text": "the", "label": n} for n in (0, 2**32)]))
-    with pytest.raises(DataError, match=r"row 1 .the first is 0.: column 'label' holds no label. Fill it in, or drop the row"):
+    with pytest.raises(
+        DataError, match=r"row 1 .the first is 0.: column 'label' holds no label. Fill it in, or drop the row"
+    ):
         make("text-classification").read(splits_of([{"text": "the", "label": n} for n in (0, None)]))
 
 
