@@ -276,11 +276,3 @@ def test_a_configuration_that_was_saved_begins_another_training(tmp_path: Path):
         journal = next(t for name, t in fresh.state_dict().items() if "slicefine_journal" in name)
         assert journal.tolist()[0][3:5] == [1, 0]
         train(fresh, steps=3)
-
-
-def test_a_name_that_chose_no_layer_is_warned_of():
-    message = r"'valu' in target_modules chose no layer \(1 of 2 names did not\). Layers .* q_proj"
-    with pytest.warns(UserWarning, match=message):
-        attach(llama(), target_modules=["q_proj", "valu"], r=2, mode="row", interval=2)
-    with pytest.warns(UserWarning, match=message):
-        get_peft_model(llama(), config("row", target_modules=["q_proj", "valu"]))

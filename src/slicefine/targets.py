@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +13,7 @@ from .layer import SliceLayer
 from .quantised import place_of
 from .weights import TRAINABLE, is_linear, kind_of, trains
 
-__all__ = [
-    "linear_names",
-    "match_layers",
-    "match_parameters",
-    "matches",
-    "set_module",
-    "shared_names",
-    "warn_about_unmatched",
-]
+__all__ = ["linear_names", "match_layers", "match_parameters", "matches", "set_module", "shared_names"]
 
 
 def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[str]:
@@ -50,7 +41,6 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
     for name, kind in found.items():
         weight = place_of(model.get_submodule(name)) if kind.layout == "quantised" else None
         _check_tied(model, f"{name}.{kind.parameter}", weight)
-    warn_about_unmatched(targets, list(found))
     return list(found)
 
 
@@ -98,25 +88,6 @@ def _check_tied(model: nn.Module, parameter: str, weight: Tensor | None = None) 
             f"{parameter.removesuffix('.weight')}: its weight is tied to "
             f"{', '.join(n for n in sharing if n != parameter)}; training a slice of it would change both. Exclude the "
             "layer, or untie the weights first."
-        )
-
-
-def warn_about_unmatched(targets: object, names: Sequence[str]) -> None:
-    """Warn of names in a list of targets that chose no layer: a slip that would leave layers untrained in silence.
-
-    Args:
-        targets: as the user gave them; a regular expression is one piece and always matches.
-        names: of the layers that are trained.
-    """
-    listed = sorted(targets) if isinstance(targets, (set, list, tuple)) else []
-    missed = [target for target in listed if not any(matches(name, [target]) for name in names)]
-    if missed and names:
-        known = sorted({name.rpartition(".")[2] for name in names})
-        warnings.warn(
-            f"SliceFine: {missed[0]!r} in target_modules chose no layer ({len(missed)} of {len(listed)} names did not)"
-            f". Layers that are trained end in {', '.join(known[:8])}.",
-            UserWarning,
-            stacklevel=4,
         )
 
 
