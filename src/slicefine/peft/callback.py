@@ -27,6 +27,7 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         self.any_model = False  # look after the order of epochs for models without slices, too
         self.starts: dict[str, int] = {}
         self.skipped: dict[str, list[int]] = {}
+        self._movers: list[Mover] = []  # looked for once: that walks through the whole model
         self.epoch_began: list[str] = []  # of each process, or of all
         self._resumed_epoch: list[str] = []
 
@@ -41,7 +42,8 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         starts = found.get("starts", {})
         epoch = found.get("epoch_began", [])
         self._resumed_epoch = [epoch] if isinstance(epoch, str) else epoch
-        for mover in movers_of(model) if model is not None else []:
+        self._movers = movers_of(model) if model is not None else []
+        for mover in self._movers:
             mover.begin_run(state.max_steps, done=state.global_step, start=starts.get(mover.name))
             self.starts[mover.name] = mover.run_start
             self.skipped[mover.name] = list(found.get("skipped", {}).get(mover.name, ()))
@@ -59,11 +61,11 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         self._resumed_epoch = []
         self._note_epoch()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note a step that trained nothing; after the last step of an epoch a checkpoint belongs to the next one."""
-        for mover in movers_of(model) if model is not None else []:
-            skipped = self.skipped.setdefault(mover.name, [])
-            if mover.trains and mover.step - mover.run_start + len(skipped) < state.global_step:
+        for mover in self._movers:
+            skipped = self.skipped[mover.name]
+            if mover.step - mover.run_start + len(skipped) < state.global_step and mover.trains:
                 skipped.append(state.global_step)
         self._epoch_ends(state)
 
