@@ -176,6 +176,16 @@ def test_the_model_card_says_import_slicefine_once_and_keeps_what_was_there(tmp_
     assert "library_name: peft" in card
 
 
+def test_the_model_card_replaces_the_empty_template(tmp_path: Path):
+    model = trained()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "More Information Needed" not in card
+    assert card.count("# SliceFine adapter") == card.count("- PEFT ") == 1
+    assert "rank 2), trained in place: no parameters are added." in card
+
+
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path):
     settings = config("alternate", r_row=3, positions=[0, 4], rank_pattern={"q_proj": 1}, target_modules=["q_proj"])
     settings.save_pretrained(tmp_path)

@@ -62,12 +62,17 @@ class UnsupportedError(SliceFineError, NotImplementedError):
     """A combination that is refused by name."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], otherwise: str = "see its docstring.") -> str:
     """What to say of a name that does not exist.
+
+    Args:
+        name: what was given.
+        known: the names that exist.
+        otherwise: what to say if none of them is near.
 
     Example:
         >>> nearest("intervall", ["interval", "moves"])
         'did you mean interval?'
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else "see its docstring."
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, nearest
 from .layer import SliceLayer
 from .quantised import place_of
 from .weights import TRAINABLE, is_linear, kind_of, trains
 
-__all__ = ["linear_names", "match_layers", "match_parameters", "matches", "set_module", "shared_names"]
+__all__ = [
+    "linear_names",
+    "match_layers",
+    "match_parameters",
+    "matches",
+    "set_module",
+    "shared_names",
+    "warn_about_unknown",
+]
 
 
 def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[str]:
@@ -41,7 +50,30 @@ def match_layers(model: nn.Module, targets: str | Sequence[str], exclude: str | 
     for name, kind in found.items():
         weight = place_of(model.get_submodule(name)) if kind.layout == "quantised" else None
         _check_tied(model, f"{name}.{kind.parameter}", weight)
+    warn_about_unknown(model, targets)
     return list(found)
+
+
+def warn_about_unknown(model: nn.Module, targets: object) -> None:
+    """Warn of names in a list of targets that no module of the model has: a slip leaves layers untrained in silence.
+
+    Names of modules that exist and are not trained, for another reason, say nothing.
+
+    Args:
+        model: the model.
+        targets: as the user gave them; of a regular expression nothing can be said.
+    """
+    listed = sorted(targets) if isinstance(targets, (set, frozenset, list, tuple)) else []
+    names = [name for name, _ in model.named_modules()] if listed else []
+    unknown = [target for target in listed if not any(matches(name, [target]) for name in names)]
+    if unknown:
+        known = {name.rpartition(".")[2] for name in names if name and not name.rpartition(".")[2].isdigit()}
+        warnings.warn(
+            f"SliceFine: target_modules names {unknown[0]!r}, and the model has no such module; "
+            f"{nearest(unknown[0], sorted(known), 'its other layers are trained.')}",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def match_parameters(

@@ -24,6 +24,7 @@ from ..sweeps.recipes import check_recipe
 __all__ = ["Status", "VerbParser", "add_outputs", "instantiate", "parse", "run_verb"]
 
 _WIDTH = 80
+_GROUP = re.compile(r'Parser key "([\w.]+)":\s+Unable to load config [\'"]([^\'"]*)')
 _INDENT = 26
 
 
@@ -80,8 +81,12 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
         """Say in few lines what is wrong, and what may have been meant; status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
+        parser = getattr(ex, "subcommand_parser", None) or _command(self, message)
         short = re.sub(r" \(choose from .*|:\n  Expected.*NestedArg.*", "", message, flags=re.DOTALL).rstrip(".")
+        group = _GROUP.match(message)
+        if group is not None:
+            short = f"--{group[1]} {group[2]}: {group[1]} is a group of settings"
+        short = re.sub(r"^Subcommand '\w+' does not accept option '([\w.]+)'$", r"there is no setting \1", short)
         sys.stderr.write(f"{self.prog.split()[0]}: error: {short}.{_meant(parser, message)}\n")
         sys.stderr.write(f"Help: {getattr(parser, 'command', parser.prog)} --help\n")
         sys.exit(2)
@@ -109,9 +114,25 @@ def _entry(action: Any) -> list[str]:
     return [f"{head:<{_INDENT}}{text[0]}", *(" " * _INDENT + line for line in text[1:])]
 
 
+def _command(parser: Any, message: str) -> Any:
+    """The parser of the command that an error speaks of."""
+    named = re.match(r"Subcommand '(\w+)'", message)
+    commands = next((action.choices for action in parser._actions if isinstance(action.choices, dict)), {})
+    return parser if named is None else commands.get(named[1], parser)
+
+
 def _meant(parser: Any, message: str) -> str:
     """The nearest name that exists, for a word that does not."""
     known = [name for action in parser._actions for name in action.option_strings]
+    group = _GROUP.match(message)
+    if group is not None:
+        names = [f"--{group[1]}.{part}" for part in ("path", "name") if f"--{group[1]}.{part}" in known]
+        return f" Did you mean {names[0]} {group[2]}?" if names else " Its parts are written as --group.name value."
+    key = re.search(r"does not accept option '([\w.]+)'", message)
+    if key is not None:  # in a recipe
+        keys = sorted(name.removeprefix("--") for name in known if name.startswith("--"))
+        near = difflib.get_close_matches(key[1], keys, n=1, cutoff=0.6)
+        return f" Did you mean {near[0]}?" if near else ""
     choices = re.search(r"invalid choice: '([^']+)' \(choose from (.+)\)", message)
     if choices is not None:
         known = re.findall(r"[\w-]+", choices[2])

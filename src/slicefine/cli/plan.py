@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
@@ -17,6 +17,7 @@ _EXAMPLES = (
     "slicefine plan --config recipes/mrpc.yaml --rank auto",
     "slicefine plan --model.path LOCAL_OR_HUB --gpus 8",
 )
+_MODES, _RANKS = ("row", "column", "alternate"), (5, 12)
 _COMMON = (
     "config",
     "json",
@@ -40,8 +41,8 @@ class PlanSettings(TrainSettings):
     """What `slicefine train` needs, and what to compare.
 
     Args:
-        modes: the modes to measure.
-        ranks: the ranks to measure.
+        modes: the modes to measure; null takes row, column, alternate and slice.mode.
+        ranks: the ranks to measure; null takes 5, 12 and slice.r.
         memory: GiB that weights, activations, optimizer state and gradients may take together; null: no limit.
         batches: training batches to time, spread evenly from the shortest to the longest; kept activations are those
             of the largest batch of all.
@@ -56,8 +57,8 @@ class PlanSettings(TrainSettings):
         lora_rank: with gpus, the rank of the LoRA adapters beside the slices.
     """
 
-    modes: list[str] = field(default_factory=lambda: ["row", "column", "alternate"])
-    ranks: list[int] = field(default_factory=lambda: [5, 12])
+    modes: list[str] | None = None
+    ranks: list[int] | None = None
     memory: float | None = None
     batches: int = 4
     rounds: int = 3
@@ -71,6 +72,10 @@ class PlanSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.modes is None:
+            self.modes = list(dict.fromkeys((*_MODES, self.slice.mode)))
+        if self.ranks is None:
+            self.ranks = sorted({*_RANKS, self.slice.r})
         for mode in self.modes:
             if mode not in MODES:
                 raise ConfigError(f"modes: {mode!r} is unknown; expected some of {', '.join(MODES)}.")
@@ -114,4 +119,5 @@ def run(chosen: Any) -> Any:
         from ..training.rank import rank_plan
 
         return rank_plan(settings, settings.tau, settings.per_layer, settings.calibration, settings.rank_file)
-    return compare(settings, settings.modes, settings.ranks, settings.memory, settings.batches, settings.rounds)
+    modes, ranks = settings.modes or (), settings.ranks or ()
+    return compare(settings, modes, ranks, settings.memory, settings.batches, settings.rounds)

@@ -292,7 +292,7 @@ def find_adapter(folder: str | Path) -> Path:
     return path
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its kind if it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 

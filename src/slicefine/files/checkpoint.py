@@ -173,6 +173,16 @@ class Checkpoint:
         turned = self._model_type in _TRANSPOSED_MODELS and layer.rpartition(".")[2] in _TRANSPOSED
         return whole.t() if turned else whole
 
+    def tensor(self, key: str) -> Tensor:
+        """One tensor as it is stored, by its full name.
+
+        Raises:
+            AdapterFileError: if there is none, or it cannot be read.
+        """
+        self._part(key)
+        whole: Tensor = self._open(key).get_tensor(key)
+        return whole
+
     def originals(self, name: str, layer: LayerFile) -> dict[Slice, Tensor]:
         """What the base holds in each slice of a layer, as lines, in the precision that it had in training.
 

@@ -25,6 +25,7 @@ from .registration import NAME
 __all__ = ["SliceFineConfig"]
 
 # PEFT has no discovery of methods: a process that did not import slicefine cannot read the adapter's type
+_TEMPLATE = "# Model Card for Model ID"  # the title of PEFT's own, with dozens of places to fill in
 _CARD = """
 ## Loading this adapter
 
@@ -291,11 +292,20 @@ class SliceFineConfig(PeftConfig):
         )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As PEFT's, and the model card beside it says that loading needs ``import slicefine``."""
+        """As PEFT's, and the model card beside it says what was trained and that loading needs ``import slicefine``.
+
+        PEFT's empty template gives way to it; a card that somebody wrote keeps its words.
+        """
         super().save_pretrained(str(save_directory), **kwargs)
         card = Path(save_directory, "README.md")
         text = card.read_text(encoding="utf-8") if card.exists() else "---\nlibrary_name: peft\n---\n"
         if _CARD.strip() not in text:
+            head, template, rest = text.partition(_TEMPLATE)
+            if template:
+                base = f"`{self.base_model_name_or_path}`" if self.base_model_name_or_path else "the base model"
+                words = f"Slices of {base} (mode {self.mode}, rank {self.r}), trained in place: no parameters are added."
+                _, known, versions = rest.partition("### Framework versions")
+                text = f"{head}# SliceFine adapter\n\n{words}\n\n{known}{versions}"
             card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:

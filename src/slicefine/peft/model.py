@@ -25,7 +25,7 @@ from ..quantised import format_of, place_of
 from ..schedule import Schedule
 from ..sharded import whole
 from ..state import read_sample
-from ..targets import set_module, shared_names
+from ..targets import set_module, shared_names, warn_about_unknown
 from ..transfer import BESIDE, ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
 from ..tuner import warn_about_clamped, warn_about_lost
 from ..weights import TRAINABLE, is_linear, kind_of, lies_beside
@@ -71,6 +71,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             config = self.peft_config[adapter_name] = copy.copy(config)
         if next(_sliced_layers(model, adapter_name), None) is not None:
             raise ConfigError(f"adapter {adapter_name!r} exists already; delete it first or choose another name.")
+        listed = config.target_modules  # as it was given: PEFT replaces "all-linear" by a list
         self._clamped: dict[str, int] = {}
         self._structure = structure(model, config.whole_heads, config.coupled)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -90,6 +91,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 parameter.requires_grad_(True)
             raise
         warn_about_clamped(self._clamped)
+        warn_about_unknown(model, listed)
 
     def _reach_inside(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
         """PEFT passes by what lies inside a layer with adapters: the output projection of packed attention."""

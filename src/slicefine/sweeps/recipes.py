@@ -10,6 +10,7 @@ from ..reading import LARGEST
 
 __all__ = ["check_recipe", "read_recipe"]
 
+_HINT = "A recipe holds settings as `group:` and `  name: value`; a file of rows belongs to data.path."
 _MOST = 100_000  # values; the largest recipe of this project has some hundred
 
 
@@ -21,14 +22,12 @@ def read_recipe(file: Path) -> dict[str, Any]:
     """
     import yaml
 
-    content = yaml.safe_load(check_recipe(file))
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a mapping, got {type(content).__name__}.")
+    content: dict[str, Any] = yaml.safe_load(check_recipe(file))
     return content
 
 
 def check_recipe(file: Path) -> str:
-    """A recipe's text, once it is clear that it stays small where aliases (``*name``) repeat what they stand for.
+    """A recipe's text, once it is clear that it is a mapping, and small where aliases (``*name``) repeat what they name.
 
     Raises:
         ConfigError: see `read_recipe`.
@@ -42,11 +41,18 @@ def check_recipe(file: Path) -> str:
             raise ValueError(f"more than {LARGEST // 2**20} MiB")
         for node in yaml.compose_all(text, Loader=yaml.SafeLoader):
             _size(node, {})
-        yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else error
-        raise ConfigError(f"{file}: cannot be read as YAML: {reason}") from error
+        reason = "nested too deep" if isinstance(error, RecursionError) else _short(error)
+        raise ConfigError(f"{file}: cannot be read as YAML: {reason}. {_HINT}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a mapping, got {type(content).__name__}. {_HINT}")
     return text
+
+
+def _short(error: Exception) -> object:
+    mark = getattr(error, "problem_mark", None)
+    return error if mark is None else f"line {mark.line + 1}: {getattr(error, 'problem', '')}"
 
 
 def _size(node: Any, known: dict[int, int]) -> int:

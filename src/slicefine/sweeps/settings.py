@@ -7,12 +7,12 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from ..training.settings import TrainSettings
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "train_settings",
 ]
 
+_LISTED = "slicefine train --help_all lists them."
 Labels = tuple[tuple[str, str], ...]  # axis -> label, in the order of the recipe
 
 
@@ -297,7 +298,25 @@ def train_settings(recipe: Mapping[str, Any]) -> TrainSettings:
     except (ArgumentError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"a run's recipe is wrong: {error}") from error
+        names = [action.dest for action in parser._actions]
+        known = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+        unknown = next(_unknown(recipe, known), None)
+        reason: object = error
+        if unknown is not None:
+            reason = f"there is no setting {unknown}; {nearest(unknown, known, _LISTED)}"
+        raise ConfigError(f"a run's recipe is wrong: {reason}") from error
+
+
+def _unknown(recipe: Mapping[str, Any], known: Sequence[str], path: str = "") -> Iterator[str]:
+    """Names in a recipe, in dotted notation, that are no setting and no group of settings."""
+    for key, value in recipe.items():
+        name = f"{path}{key}"
+        if name in known:
+            continue
+        if not any(other.startswith(f"{name}.") for other in known):
+            yield name
+        elif isinstance(value, Mapping):
+            yield from _unknown(value, known, f"{name}.")
 
 
 @cache

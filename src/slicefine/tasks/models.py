@@ -67,9 +67,10 @@ def load_model(auto: Any, settings: ModelSettings, **config: Any) -> Loaded:
             **config,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        here = "" if Path(path).is_dir() else " is no folder here, and"
         raise ConfigError(
-            f"model.path={settings.path!r} cannot be loaded as {auto.__name__}: {error} Check the name, the network, "
-            "and that the model fits the task."
+            f"model.path={settings.path!r}{here} cannot be loaded as {auto.__name__}: {error} Check the name, the "
+            "network, and that the model fits the task."
         ) from error
     if settings.dropout is not None and not _set_dropout(model, settings.dropout) and settings.dropout > 0:
         raise ConfigError(

@@ -144,8 +144,8 @@ def _hub(settings: DataSettings) -> dict[str, Any]:
         loaded = load_dataset(settings.path, settings.name, revision=settings.revision)
     except Exception as error:  # the hub client raises a dozen kinds, none of them with a common base
         raise DataError(
-            f"data.path={settings.path!r} cannot be loaded from the hub: {error} Check the name, data.name and the "
-            "network, or give a local folder or file."
+            f"data.path={settings.path!r} is no folder or file here, and cannot be loaded from the hub: {error} Check "
+            "the name, data.name and the network, or give a local folder or file."
         ) from error
     splits = {}
     for split, names in _NAMES.items():

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterFileError
-from ..files.adapter import find_adapter
+from ..errors import AdapterFileError, ConfigError
+from ..files.adapter import find_adapter, first_line
 from ..methods import Base, find, options_of
 from ..methods.files import load_tensors, save_tensors
 from ..reading import read_json
@@ -140,7 +140,10 @@ def load_trained(folder: Path, model_path: str | None = None, trust_remote_code:
         model_settings = replace(model_settings, path=model_path)
     task = get_task(task_settings, model_settings, data)
     task.restore(run["state"])
-    loaded = task.load()
+    try:
+        loaded = task.load()
+    except ConfigError as error:
+        raise AdapterFileError(_no_base(folder, model_settings.path, model_path, error)) from error
     model = loaded.model
     if run["adapter"]:
         model = _attach(model, folder)
@@ -149,6 +152,16 @@ def load_trained(folder: Path, model_path: str | None = None, trust_remote_code:
         model = load_tensors(base, method, folder)
     model.eval()
     return Trained(model, task, loaded, data)
+
+
+def _no_base(folder: Path, path: str | None, given: str | None, error: BaseException) -> str:
+    """What to say where the base does not load: of a folder that the run named as seen from another place, above all."""
+    if given is not None or path is None or Path(path).expanduser().is_dir():
+        return str(error)
+    return (
+        f"{folder}: its base model was {path!r} in training. That is no folder as seen from here, and the hub does not "
+        f"give it ({first_line(error.__cause__ or error)}). Say where the base is: --model DIR."
+    )
 
 
 def weight_bytes(folder: Path) -> int:

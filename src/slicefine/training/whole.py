@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import AdapterFileError, SliceFineError
-from ..files.adapter import CONFIG, Adapter, find_adapter, read_adapter, read_config
+from ..files.adapter import CONFIG, HUB_NAME, Adapter, find_adapter, read_adapter, read_config
+from ..files.checkpoint import Checkpoint
 from ..reading import read_json
 from ..tuner import read_file
 from .checkpoints import damaged
@@ -26,15 +27,17 @@ class Part:
         path: where it is.
         summary: what it is, if it is whole.
         error: what is wrong with it, or None.
+        missing: whether there is nothing at all.
     """
 
     path: Path
     summary: str
     error: str | None = None
+    missing: bool = False
 
 
 def verify(name: str) -> list[Part]:
-    """Every part of a folder: its adapter, its checkpoints, its results; or a tuner's single file.
+    """Every part of a folder: adapters, checkpoints, models, results, also one folder below; or a tuner's single file.
 
     Args:
         name: a folder, a ``.safetensors`` file of `slicefine.attach`, or a name on the hub.
@@ -46,15 +49,30 @@ def verify(name: str) -> list[Part]:
     path = Path(name).expanduser()
     if path.is_file():
         return [_part(path, _tuner_file)]
+    if not path.is_dir():
+        part = _part(path, _adapter) if HUB_NAME.fullmatch(name) else Part(path, "", "no such file or folder.")
+        return [replace(part, missing=part.error is not None)]
     checkpoints = sorted([*path.glob("checkpoints/checkpoint-*"), *path.glob("checkpoint-*")])
     parts = [_part(folder, _checkpoint) for folder in checkpoints if folder.is_dir()]
-    if (path / "trainer_state.json").is_file():
-        parts.append(_part(path, _checkpoint))
-    elif not parts or (path / "adapter").is_dir() or (path / CONFIG).is_file():
-        parts.append(_part(Path(name), _adapter))
+    for folder in (path, *sorted(path.iterdir())):
+        if folder.is_dir() and not folder.name.startswith("checkpoint"):
+            check = _kind(folder)
+            parts += [_part(folder, check)] if check is not None else []
     if (path / "metrics.json").is_file():
         parts.append(_part(path / "metrics.json", _results))
-    return parts
+    expected = "an adapter (adapter_config.json), a checkpoint (trainer_state.json), a model (config.json) or a run"
+    return parts or [Part(path, "", f"nothing to check here: expected {expected}.", True)]
+
+
+def _kind(folder: Path) -> Callable[[Path], str] | None:
+    """How to check a folder, by what it holds."""
+    if (folder / "trainer_state.json").is_file():
+        return _checkpoint
+    if (folder / CONFIG).is_file() or folder.name == "adapter":
+        return _adapter
+    if any(folder.glob("model*.safetensors*")) or (folder / "config.json").is_file():
+        return _model
+    return None
 
 
 def _part(path: Path, check: Callable[[Path], str]) -> Part:
@@ -103,6 +121,15 @@ def _checkpoint(path: Path) -> str:
         raise AdapterFileError(error)
     step = read_json(path / "trainer_state.json")
     return f"a checkpoint after step {step.get('global_step') if isinstance(step, dict) else 'unknown'}"
+
+
+def _model(path: Path) -> str:
+    read_json(path / "config.json")
+    with Checkpoint(path) as model:
+        names = model.names()
+        for name in names:
+            _check_values(f"{path}: {name}", model.tensor(name))
+    return f"a model of {len(names)} tensors, readable; it has no checksums"
 
 
 def _results(path: Path) -> str:
