@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -92,6 +93,12 @@ def test_the_list_of_commands_is_that_of_the_files():
         (["trian"], "invalid choice: 'trian'. Did you mean train?"),
         (["train", "--data.paht", "x"], "--data.paht x. Did you mean --data.path?"),
         (["train", "--learning-rate=1"], "Did you mean --training.learning_rate?"),
+        (["train", "--model", "my-bert"], "model is a group of settings. Did you mean --model.path my-bert?"),
+        (["train", "--task", "causal-lm"], "Did you mean --task.name causal-lm?"),
+        (["train", "--slice", "5"], "slice is a group of settings. Its parts are written as --group.name value."),
+        (["merge"], "error: missing: --adapter, --output."),
+        (["undo", "a"], "error: missing: --output."),
+        (["info"], "error: missing: ADAPTER."),
         (["info", "a", "b"], "unrecognized arguments: b. Settings are written as --name value."),
         (["analyze", "spectra", "--model.path", "own"], 'Parser key "model". Did you mean --model own?'),
     ],
@@ -103,6 +110,48 @@ def test_a_word_that_does_not_exist_names_the_nearest(words: list[str], meant: s
     assert stop.value.code == 2
     assert meant in shown
     assert len(shown.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "meant"),
+    [
+        ("data: {pth: x}", "there is no setting data.pth. Did you mean data.path?"),
+        ("slcie: {r: 3}", "there is no setting slcie.r. Did you mean slice.r?"),
+        ("qqqq: 1", "there is no setting qqqq."),
+        ("- 1\n- 2", "expected a mapping, got list. A recipe holds settings"),
+        ("text,label\nfine: words,1", "line 2: mapping values are not allowed here. A recipe holds settings"),
+    ],
+)
+def test_a_recipes_slip_is_named_with_what_was_meant(
+    recipe: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    try:
+        status = main(["train", "--config", str(tmp_path / "recipe.yaml")])
+    except SystemExit as stop:
+        status = stop.code
+    shown = capsys.readouterr().err
+    assert status != 0
+    assert meant in shown
+    assert len(shown.splitlines()) <= 2
+
+
+def test_a_base_that_was_named_as_seen_from_another_folder_says_so(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    model, data = files
+    shutil.copytree(model, tmp_path / "here" / "base")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = str(write_recipe(tmp_path / "recipe.yaml", "base", data, tmp_path / "run"))
+    assert main(["train", "--config", recipe, "--quiet"]) == 0
+    monkeypatch.chdir(tmp_path)
+    adapter = str(tmp_path / "run" / "adapter")
+    for words in (["eval", adapter], ["merge", "--adapter", adapter, "--output", "merged"]):
+        assert main(words) == 1
+        shown = capsys.readouterr().err
+        assert "its base model was 'base' in training. That is no folder as seen from here" in shown
+        assert "Say where the base is: --model DIR." in shown
+    assert main(["eval", adapter, "--model", "here/base"]) == 0
 
 
 def test_json_is_all_there_is_and_quiet_prints_nothing(
@@ -152,6 +201,8 @@ def test_flags_stand_alone_and_may_have_dashes():
     ]
     assert normalise(["train", "--resume", "runs/x"]) == ["train", "--resume", "runs/x"]
     assert normalise(["train", "--resume"]) == ["train", "--resume=true"]
+    assert normalise(["eval", "a", "--json"]) == ["eval", "--adapter", "a", "--json=true"]
+    assert normalise(["info", "--adapter=a"]) == normalise(["info", "--adapter", "a"]) == ["info", "a"]
     assert normalise(["info", "--json", "runs/x"]) == ["info", "--json=true", "runs/x"]
     assert normalise(["plan", "--memory", "8", "--json", "false"]) == ["plan", "--memory", "8", "--json", "false"]
     assert normalise(["bench", "--layers", "1"]) == ["bench", "--layers", "1"]

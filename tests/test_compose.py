@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,3 +167,18 @@ def test_the_command(tmp_path: Path, capsys):
     assert "written to" in capsys.readouterr().out
     assert main([*words, "--policy", "mean", "--head", "x", "--overwrite"]) == 1
     assert "head='x' is none of the adapters" in capsys.readouterr().err
+
+
+def test_adapters_of_different_bases_are_told_apart(tmp_path: Path, capsys):
+    adapter(tmp_path, "a", starts(0, 4))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    config_file = tmp_path / "b" / "adapter_config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "base_model_name_or_path": "elsewhere"}))
+    pair = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["compose", *pair]) == 0
+    assert "they name different base models" in capsys.readouterr().out
+    first, second = (read_adapter(folder) for folder in pair)
+    name, layer = next(iter(second.layers.items()))
+    wider = replace(second, layers={**second.layers, name: replace(layer, shape=(layer.shape[0] * 2, layer.shape[1]))})
+    with pytest.raises(ConfigError, match=rf"belong to different base models: the weight of {name} is"):
+        overlaps([first, wider])

@@ -103,6 +103,23 @@ def test_weights_that_come_after_the_slices_are_those_that_they_train():
     assert same(weights(model.unload()), weights(other_base()))
 
 
+@pytest.mark.parametrize("mode", ["row", "column", "alternate", "random_mask"])
+@pytest.mark.parametrize("past_versions", [False, True])
+def test_an_initialisation_in_place_before_the_first_step_is_what_the_slices_train(mode: str, past_versions: bool):
+    model = get_peft_model(llama(), config(mode, interval=2))
+    new = other_base()
+    with torch.no_grad():
+        for name, parameter in model.get_base_model().named_parameters():
+            value = dict(new.named_parameters()).get(name.replace(".base_layer", ""))
+            if value is not None:
+                (parameter.data if past_versions else parameter).copy_(value)
+    twin = get_peft_model(other_base(), config(mode, interval=2))
+    for each in (model, twin):
+        train(each, steps=5)
+    assert same(weights(model), weights(twin))
+    assert same(weights(model.unload()), weights(other_base()))
+
+
 # -- averages, closures, optimizers -----------------------------------------------------------------------------------
 
 

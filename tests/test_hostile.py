@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import sys
 import time
@@ -78,9 +79,9 @@ def test_a_single_bit_is_found_and_the_tensor_named(folder: Path, capsys):
             read()
     assert main(["verify", str(folder), str(folder.parent / "none")]) == 1
     shown = capsys.readouterr().out.splitlines()
-    assert [line[:9] for line in shown] == ["DAMAGED  ", "DAMAGED  "]
+    assert [line[:9] for line in shown] == ["DAMAGED  ", "MISSING  "]
     assert "is not what was saved" in shown[0]
-    assert "is missing" in shown[1]
+    assert "no such file or folder" in shown[1]
 
 
 def test_weights_of_one_save_and_configuration_of_another_are_told_apart(folder: Path):
@@ -187,6 +188,28 @@ def test_a_checkpoint_that_is_torn_or_no_data_is_passed_by(tmp_path: Path, capsy
     assert not (tmp_path / "sings").exists()
     assert main(["verify", str(run)]) == 1
     assert capsys.readouterr().out.count("DAMAGED") == 3
+
+
+def test_models_and_what_lies_a_folder_below_are_checked(tmp_path: Path, capsys):
+    get_peft_model(llama(), config("row")).save_pretrained(tmp_path / "run" / "adapter")
+    llama().save_pretrained(tmp_path / "run" / "merged")
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "run/adapter: 14 layers" in shown
+    assert re.search(r"run/merged: a model of \d+ tensors, readable; it has no checksums", shown)
+    weights = tmp_path / "run" / "merged" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, weights, {"format": "pt"})
+    assert main(["verify", str(tmp_path / "run" / "merged")]) == 1
+    assert "DAMAGED" in (shown := capsys.readouterr().out)
+    assert "model.norm.weight: holds NaN or infinite values" in shown
+    (tmp_path / "empty").mkdir()
+    assert main(["verify", str(tmp_path / "empty"), str(tmp_path / "none")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "nothing to check here: expected an adapter" in lines[0]
+    assert lines[1].startswith("MISSING")
+    assert lines[1].endswith("none: no such file or folder.")
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [{}]", "!!python/name:os.mkdir", "!!python/module:os"])

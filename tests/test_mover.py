@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from core_helpers import Allocations, batches, lines_of, mlp, step
 from slicefine import attach
 from slicefine.errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
+from slicefine.fingerprint import fingerprint
 from slicefine.geometry import Slice
 from slicefine.mover import Mover, movers_of
 from slicefine.optimizers import reset_optimizer_state
@@ -109,6 +110,7 @@ def test_a_run_allocates_nothing_of_the_weights_size(mode, window, state_policy)
     )
     optimizer = torch.optim.AdamW(tuner.parameters(), fused=True)
     x = torch.randn(3, 48)
+    fingerprint(x)  # makes a table of factors, once per process
     with Allocations() as allocations:
         for _ in range(12):
             step(model, optimizer, x, x)

@@ -286,6 +286,13 @@ def test_no_matching_layer_is_an_error():
         get_peft_model(llama(), config(target_modules=["x_proj"]))
 
 
+def test_a_name_that_the_model_does_not_have_is_warned_of(recwarn: pytest.WarningsRecorder):
+    get_peft_model(llama(), config(target_modules=["q_proj", "norm"], exclude_modules=["norm"]))  # exists
+    assert not [w for w in recwarn if "target_modules names" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"target_modules names 'o_porj', .* no such module; did you mean o_proj\?"):
+        get_peft_model(llama(), config(target_modules=["q_proj", "o_porj"]))
+
+
 def test_batches_of_several_adapters_are_refused():
     model = get_peft_model(llama(), config(), adapter_name="first").eval()
     model.add_adapter("second", config())

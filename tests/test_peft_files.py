@@ -183,7 +183,7 @@ def test_the_model_card_replaces_the_empty_template(tmp_path: Path):
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "More Information Needed" not in card
     assert card.count("# SliceFine adapter") == card.count("- PEFT ") == 1
-    assert "rank 2), trained in place: no parameters are added." in card
+    assert "rank 2), trained in place; no added parameters." in card
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path: Path):

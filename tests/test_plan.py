@@ -14,12 +14,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from cli_helpers import recipe, save_bert, save_llama, save_reviews, write_rows
 from slicefine.bench.workload import kept_bytes, state_bytes
 from slicefine.cli.main import main
+from slicefine.cli.plan import PlanSettings
 from slicefine.mover import movers_of
 from slicefine.training.compare import compare
 from slicefine.training.forecast import forecasts
 from slicefine.training.methods import make_trainable, typical_batches
 from slicefine.training.run import train
 from slicefine.training.session import build
+from slicefine.training.settings import SliceSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # read by PEFT
@@ -139,6 +141,12 @@ def test_the_command_names_what_fits(tmp_path: Path, capsys):
     assert "fits 1 GiB and trains most at a time: --slice.mode column --slice.r 4" in printed
     assert main([*words, "--memory", "0.00001"]) == 0
     assert "nothing fits 1e-05 GiB: column r=1 needs" in capsys.readouterr().out
+
+
+def test_the_runs_own_mode_and_rank_are_among_those_compared():
+    plan = PlanSettings(slice=SliceSettings(r=3, mode="random_mask"))
+    assert (plan.modes, plan.ranks) == (["row", "column", "alternate", "random_mask"], [3, 5, 12])
+    assert PlanSettings(modes=["row"], ranks=[7]).ranks == [7]
 
 
 @pytest.mark.parametrize(

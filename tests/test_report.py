@@ -510,7 +510,7 @@ def test_mistakes_on_the_command_line(files: Path, tmp_path: Path, capsys: pytes
     run, taken = str(files / "lora"), tmp_path / "taken.html"
     taken.write_text("mine")
     assert "nowhere: no such folder" in shown(str(tmp_path / "nowhere"))
-    assert "exists. Choose another name, or overwrite=true" in shown(run, "--output", str(taken))
+    assert "exists. Choose another name, or --overwrite" in shown(run, "--output", str(taken))
     assert taken.read_text() == "mine"
     assert "is a folder. Give the name of a file" in shown(run, "--output", str(tmp_path))
     assert "cannot be written" in shown(run, "--output", str(taken / "report.html"))

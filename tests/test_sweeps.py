@@ -111,8 +111,10 @@ def test_wrong_recipes_are_refused(changes, message):
 
 def test_a_runs_recipe_is_checked_like_any_other():
     assert train_settings({"slice": {"r": 3}}).slice.r == 3
-    with pytest.raises(ConfigError, match="recipe is wrong.*rr"):
+    with pytest.raises(ConfigError, match=r"recipe is wrong: there is no setting slice.rr; did you mean slice.r\?"):
         train_settings({"slice": {"rr": 3}})
+    with pytest.raises(ConfigError, match="no setting bogus; slicefine train --help_all lists them"):
+        train_settings({"bogus": {"x": 1}})
     with pytest.raises(ConfigError, match="slice.positions='best'"):
         train_settings({"slice": {"positions": "best"}})
 

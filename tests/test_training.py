@@ -437,7 +437,7 @@ def test_resuming_from_a_folder_that_is_none_is_refused(bert: str, reviews: str,
     (tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json").write_text('{"global')
     with pytest.raises(ConfigError, match="holds no whole checkpoint"):
         train(recipe(bert, reviews, tmp_path, resume=True))
-    with pytest.raises(ConfigError, match="resume=true needs output"):
+    with pytest.raises(ConfigError, match="--resume needs --output"):
         TrainSettings(resume=True)
 
 
@@ -514,7 +514,7 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(
         patch.setattr(run_module, "save_trained", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(recipe(bert, reviews, tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"holds the checkpoints of an earlier run.* go on with resume=true"):
+    with pytest.raises(ConfigError, match=r"holds the checkpoints of an earlier run.* go on with --resume"):
         train(recipe(bert, reviews, tmp_path / "run"))
     assert train(recipe(bert, reviews, tmp_path / "run", resume=True))["steps"] == 16
 

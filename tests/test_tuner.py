@@ -265,6 +265,11 @@ def test_no_match_is_refused_with_examples(targets):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_name_that_the_model_does_not_have_is_warned_of():
+    with pytest.warns(UserWarning, match=r"target_modules names 'quary', .* no such module; did you mean query\?"):
+        attach(Block(), target_modules=["quary", "dense"], r=1, interval=1)
+
+
 def test_tied_weights_are_refused():
     class Tied(nn.Module):
         def __init__(self):

@@ -407,6 +407,19 @@ class SliceAdapters(HeldWeight):
             state.previous.copy_(values)
         self.mark_synced(name)
 
+    def follow_weight(self, name: str) -> None:
+        """Take the weight's values for a slice that no step trained yet, where an initialisation wrote past it."""
+        state, parameter, weight = self.states[name], self.parameter(name), self.base_weight
+        if self.packed is not None or weight.is_meta or is_sharded(weight) or is_sharded(parameter):
+            return
+        if not state.journal.applied or state.journal.step > 0 or len(state.journal.visits) != 1:
+            return
+        shown = self.weight_block(name)
+        if not torch.equal(parameter.detach().to(weight.dtype), shown.to(weight.dtype)):
+            state.journal.renew(self.dense())
+            self.put(name, shown)  # and its gradient stays: the forward read the weight
+            self.mark_synced(name)
+
     def restore_fixed(self, name: str, values: Tensor) -> None:
         """Take what belongs to others back from the weight into adapter ``name``'s ``values``, whatever wrote to it."""
         state = self.states[name]

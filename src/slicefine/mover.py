@@ -228,6 +228,8 @@ class Mover:
         if not any(id(entry.parameter) in ids for entry in self._training()):
             return closure
         if not self.watching:
+            for layer in self._with_adapter():
+                layer.follow_weight(self.name)
             remember(self._with_adapter())
             self.watching = True
         if not skips:

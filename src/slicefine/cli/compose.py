@@ -81,6 +81,9 @@ def run(chosen: Any) -> Any:
     settings = ComposeSettings(**instantiate(parser(), chosen))
     adapters = [read_adapter(folder) for folder in settings.adapters]
     found = overlaps(adapters)
+    bases = list(dict.fromkeys(str(adapter.config.get("base_model_name_or_path")) for adapter in adapters))
+    if len(bases) > 1:
+        print(f"note: they name different base models, {', '.join(bases)}; only adapters of one base go together")
     for (first, second), layers in Counter((o.first, o.second) for o in found).items():
         pair = [o for o in found if (o.first, o.second) == (first, second)]
         lines, crossings = sum(len(o.rows) + len(o.columns) for o in pair), sum(o.crossings for o in pair)
@@ -92,7 +95,8 @@ def run(chosen: Any) -> Any:
         if len(pair) > _SHOWN:
             print(f"  ... and {len(pair) - _SHOWN} more layers")
     if not found:
-        print("the adapters touch no common entry")
+        common = set.intersection(*(set(adapter.layers) for adapter in adapters))
+        print(f"the adapters touch no common entry{'' if common else ': they have no layer in common'}")
     met = [{"first": o.first, "second": o.second, "layer": o.layer, "crossings": o.crossings} for o in found]
     if settings.output is None:
         return {"meet": met, "output": None}

@@ -21,6 +21,8 @@ _FLAGS = (
 )
 _OURS = "SliceFine: "
 _ALWAYS = ("json", "quiet")  # flags in every command; other names are numbers or folders in some
+_NAMED = ("eval", "merge", "export", "undo", "push")  # of an adapter's folder: these take --adapter DIR, others DIR
+_PLACED = ("info", "verify", "compose", "report")
 _TRUTHS = ("true", "false", "yes", "no", "null", "none")
 _EXAMPLES = (
     "slicefine train                  # the embedded default: MiniLM on docstrings, offline",
@@ -108,12 +110,20 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Let flags stand alone (``--dry_run``) and be written with dashes (``--dry-run``).
+    """Let flags stand alone (``--dry_run``), dashes be underscores, and an adapter come with ``--adapter`` or without.
 
     Example:
         >>> normalise(["train", "--dry-run", "--training.batch-size", "8"])
         ['train', '--dry_run=true', '--training.batch_size', '8']
+        >>> normalise(["eval", "runs/mrpc/adapter"]), normalise(["info", "--adapter", "runs/mrpc/adapter"])
+        (['eval', '--adapter', 'runs/mrpc/adapter'], ['info', 'runs/mrpc/adapter'])
     """
+    first = argv[1] if len(argv) > 1 else ""
+    if argv and argv[0] in _NAMED and first and not first.startswith("-"):
+        argv = [argv[0], "--adapter", *argv[1:]]
+    elif argv and argv[0] in _PLACED and (first == "--adapter" or first.startswith("--adapter=")):
+        given = first.partition("=")[2]
+        argv = [argv[0], *([given] if given else []), *argv[2:]]
     result: list[str] = []
     for number, word in enumerate(argv):
         if word.startswith("--"):

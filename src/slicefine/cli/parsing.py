@@ -86,6 +86,9 @@ class VerbParser(ArgumentParser):  # type: ignore[misc]
         group = _GROUP.match(message)
         if group is not None:
             short = f"--{group[1]} {group[2]}: {group[1]} is a group of settings"
+        if short.startswith("the following arguments are required: "):
+            names = re.findall(r"\w+\.([\w.]+)", short)
+            short = f"missing: {', '.join(_written(parser, name) for name in names)}" if names else short
         short = re.sub(r"^Subcommand '\w+' does not accept option '([\w.]+)'$", r"there is no setting \1", short)
         sys.stderr.write(f"{self.prog.split()[0]}: error: {short}.{_meant(parser, message)}\n")
         sys.stderr.write(f"Help: {getattr(parser, 'command', parser.prog)} --help\n")
@@ -102,8 +105,8 @@ class _HelpAll(argparse.Action):
 
 
 def _entry(action: Any) -> list[str]:
-    """One setting in the short page: its name, the first clause of its help, and its default."""
-    about = re.split(r"(?<=[a-z)])[;.:] ", str(action.help or "").strip())[0].rstrip(".")
+    """One setting in the short page: its name, the first sentence of its help, and its default."""
+    about = re.split(r"(?<=[a-z)])[;.] ", str(action.help or "").strip())[0].rstrip(".")
     default = action.default
     if default not in (None, argparse.SUPPRESS, False):
         about += f" ({default})"
@@ -116,9 +119,14 @@ def _entry(action: Any) -> list[str]:
 
 def _command(parser: Any, message: str) -> Any:
     """The parser of the command that an error speaks of."""
-    named = re.match(r"Subcommand '(\w+)'", message)
+    named = re.match(r"Subcommand '(\w+)'|the following arguments are required: (\w+)\.", message)
     commands = next((action.choices for action in parser._actions if isinstance(action.choices, dict)), {})
-    return parser if named is None else commands.get(named[1], parser)
+    return parser if named is None else commands.get(named[1] or named[2], parser)
+
+
+def _written(parser: Any, name: str) -> str:
+    """How a setting is written: with its name, or by its place."""
+    return f"--{name}" if any(f"--{name}" in action.option_strings for action in parser._actions) else name.upper()
 
 
 def _meant(parser: Any, message: str) -> str:

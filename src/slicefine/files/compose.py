@@ -43,13 +43,24 @@ class Overlap:
 
 
 def overlaps(adapters: Sequence[Adapter]) -> list[Overlap]:
-    """Every layer and pair of adapters that touch common entries, by position (a touched entry may be unchanged)."""
+    """Every layer and pair of adapters that touch common entries, by position (a touched entry may be unchanged).
+
+    Raises:
+        ConfigError: if a layer has another shape in another adapter: they are not of one base.
+        UnsupportedError: for random masks.
+    """
     result = []
     for adapter in adapters:
         _refuse_masks(adapter)
     for i, first in enumerate(adapters):
         for j, second in enumerate(adapters[i + 1 :], start=i + 1):
             for name in first.layers.keys() & second.layers.keys():
+                shapes = [adapter.layers[name].shape for adapter in (first, second)]
+                if shapes[0] != shapes[1]:
+                    raise ConfigError(
+                        f"{first.folder} and {second.folder} belong to different base models: the weight of {name} is "
+                        f"{shapes[0]} in one and {shapes[1]} in the other."
+                    )
                 a, b = (list(adapter.layers[name].values) for adapter in (first, second))
                 lines = {axis: (set(touched(a, axis)), set(touched(b, axis))) for axis in ("row", "column")}
                 rows, columns = (sorted(lines[axis][0] & lines[axis][1]) for axis in ("row", "column"))

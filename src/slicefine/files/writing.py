@@ -25,7 +25,7 @@ def check_target(output: str | Path, sources: list[Path], overwrite: bool = Fals
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ConfigError(f"output={str(output)!r} is no folder. Choose another name.")
     if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ConfigError(f"output={str(output)!r} exists and is not empty. Choose another folder, or overwrite=true.")
+        raise ConfigError(f"output={str(output)!r} exists and is not empty. Choose another folder, or --overwrite.")
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):
             raise ConfigError(f"output={str(output)!r} holds {source}, which would be replaced. Choose another folder.")

@@ -303,7 +303,7 @@ class SliceFineConfig(PeftConfig):
             head, template, rest = text.partition(_TEMPLATE)
             if template:
                 base = f"`{self.base_model_name_or_path}`" if self.base_model_name_or_path else "the base model"
-                words = f"Slices of {base} (mode {self.mode}, rank {self.r}), trained in place: no parameters are added."
+                words = f"Slices of {base} (mode {self.mode}, rank {self.r}), trained in place; no added parameters."
                 _, known, versions = rest.partition("### Framework versions")
                 text = f"{head}# SliceFine adapter\n\n{words}\n\n{known}{versions}"
             card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")

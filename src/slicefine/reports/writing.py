@@ -20,7 +20,7 @@ def check_file(output: str, overwrite: bool = False) -> Path:
     if path.is_dir():
         raise ConfigError(f"output={output!r} is a folder. Give the name of a file, such as report.html.")
     if path.exists() and not overwrite:
-        raise ConfigError(f"output={output!r} exists. Choose another name, or overwrite=true.")
+        raise ConfigError(f"output={output!r} exists. Choose another name, or --overwrite.")
     return path
 
 

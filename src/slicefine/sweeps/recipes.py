@@ -27,7 +27,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
 
 
 def check_recipe(file: Path) -> str:
-    """A recipe's text, once it is clear that it is a mapping, and small where aliases (``*name``) repeat what they name.
+    """A recipe's text, once it is clear that it is a mapping and stays small where aliases (``*name``) repeat parts.
 
     Raises:
         ConfigError: see `read_recipe`.

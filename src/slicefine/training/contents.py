@@ -121,7 +121,7 @@ def print_contents(contents: Contents, console: Console | None = None) -> None:
     facts.add_row("base", str(config.get("base_model_name_or_path")))
     for key in ("mode", "r", "moves", "interval", "window"):
         if config.get(key) is not None:
-            facts.add_row(key, str(config[key]))
+            facts.add_row("moves planned" if key == "moves" else key, str(config[key]))
     if config.get("additive"):
         facts.add_row("slices hold", "differences beside the weights")
     facts.add_row("layers", str(len(contents.layers)))
@@ -164,13 +164,13 @@ def _named(block: Slice) -> str:
 
 
 def _progress(contents: Contents) -> Table:
-    """Loss and metrics at the end of each position, and what it gained over the one before."""
+    """Loss and metrics at the end of each position, and their change from the one before."""
     progress = check_progress(contents.config.get("progress"), str(contents.folder))
     found = dict.fromkeys(name for entry in progress for name in entry)
     scores = [name for name in found if name not in ("step", "loss", "eval_loss")]
     names = [name for name in ("loss", *scores[:1]) if name in found]  # the others are in adapter_config.json
     table = Table(title="at the end of each position")
-    for column in ("position", "steps", *(text for name in names for text in (name, "gain"))):
+    for column in ("position", "steps", *(text for name in names for text in (name, "change"))):
         table.add_column(column, justify="right", overflow="fold")
     steps = _steps(contents.layers)
     last: dict[str, float] = {}

@@ -73,7 +73,7 @@ def open_folder(settings: TrainSettings) -> RunFolder:
     if checkpoint is None and not settings.overwrite and earlier is not None:
         raise ConfigError(
             f"output={str(path)!r} holds the {earlier} of an earlier run. Choose another folder, go on with "
-            "resume=true, or replace them with overwrite=true."
+            "--resume, or replace them with --overwrite."
         )
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

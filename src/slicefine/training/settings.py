@@ -359,7 +359,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if self.resume is True and self.output is None:
-            raise ConfigError("resume=true needs output, the folder of the run to go on with; or give resume=FOLDER.")
+            raise ConfigError("--resume needs --output, the folder of the run to go on with; or give --resume FOLDER.")
         if self.model.quantize is not None and self.chosen_method.saves != "adapter":
             raise ConfigError(
                 f"model.quantize={self.model.quantize}: method.name={self.method.name} changes quantised weights; "

@@ -155,7 +155,7 @@ def load_trained(folder: Path, model_path: str | None = None, trust_remote_code:
 
 
 def _no_base(folder: Path, path: str | None, given: str | None, error: BaseException) -> str:
-    """What to say where the base does not load: of a folder that the run named as seen from another place, above all."""
+    """What to say where the base does not load; the run may have named a folder as seen from another one."""
     if given is not None or path is None or Path(path).expanduser().is_dir():
         return str(error)
     return (
