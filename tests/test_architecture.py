@@ -33,6 +33,7 @@ LADDER = [
     "journal",
     "delta",
     "sharded",
+    "biases",
     "state",
     "transfer",
     "held",
@@ -66,7 +67,8 @@ ALLOWED["optimizers"] = {"sharded"}
 ALLOWED["targets"] = {"errors", "layer", "quantised", "weights"}
 ALLOWED["pace"] = {"errors", "schedule", "state", "window"}
 ALLOWED["sharded"] = {"errors", "geometry"}
-ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
+ALLOWED["biases"] = {"errors", "sharded"}
+ALLOWED["state"] = {"errors", "biases", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
 CORE = list(ALLOWED)

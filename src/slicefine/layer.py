@@ -204,8 +204,8 @@ def _warn_below(state: AdapterState) -> None:
         state.mover.warned_below = True
         warnings.warn(
             f"SliceFine: a gradient goes on below the window of blocks ({state.layer_name}), so it saves neither "
-            "time nor memory. Something below requires one: trained embeddings, modules_to_save, or inputs after "
-            "enable_input_require_grads() (gradient checkpointing with use_reentrant=False does without).",
+            "time nor memory. Something below requires one: trained embeddings or biases, modules_to_save, or "
+            "inputs after enable_input_require_grads() (gradient checkpointing with use_reentrant=False does without).",
             UserWarning,
             stacklevel=4,
         )

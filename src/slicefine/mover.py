@@ -229,6 +229,8 @@ class Mover:
             return closure
         if not self.watching:
             remember(self._with_adapter())
+            for biases in {state.biases for _, state in self._pairs() if state.biases is not None}:
+                biases.settle()
             self.watching = True
         if not skips:
             return closure
