@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ def _full(found: Any) -> Any:
 def _fsdp2(rank: int, mode: str, sharding: Found, **settings: Any) -> Found:
     model, tuner = tune(mode, **settings)
     quiet = _sharded(model, **sharding)
-    loop(model, adamw(tuner.parameters()), range(STEPS), rank, 2, quiet=quiet)
+    loop(model, adamw(tuner.parameters()), range(STEPS), rank, torch.distributed.get_world_size(), quiet=quiet)
     return _full(facts(tuner))
+
+
+def fsdp2_four(rank: int, folder: Path) -> Found:
+    """For four processes: of five rows the last holds none, of a slice's two lines the last two."""
+    return _fsdp2(rank, "alternate", {})
 
 
 def fsdp2(rank: int, folder: Path) -> Found:
@@ -306,6 +312,51 @@ def peft_fsdp2(rank: int, folder: Path) -> Found:
     with Gathered(gathered):
         model.save_pretrained(folder / "peft-two", is_main_process=rank == 0)
     return {"losses": found, "largest": max(gathered)}
+
+
+def peft_biases(rank: int, folder: Path) -> Found:
+    """Biases beside the slices; under DDP the second process begins with others, which rank 0's replace."""
+    from torch.distributed.fsdp import fully_shard
+
+    found: Found = {}
+    for engine in ("ddp", "fsdp2"):
+        model = biased_llama(offset=rank if engine == "ddp" else 0)
+        if engine == "ddp":
+            wrapped: nn.Module = nn.parallel.DistributedDataParallel(model)
+        else:
+            for block in model.base_model.model.model.layers:
+                fully_shard(block)
+            wrapped = fully_shard(model)
+        losses = peft_loop(wrapped, rank, 2)
+        found[engine] = {"losses": losses} | _full(bias_facts(model))
+        model.save_pretrained(folder / f"biases-{engine}", is_main_process=rank == 0)
+        with model.disable_adapter():  # while the trained values are not in the parameters
+            model.save_pretrained(folder / f"biases-{engine}-off", is_main_process=rank == 0)
+        loaded = biased_llama()
+        if engine == "fsdp2":
+            fully_shard(loaded)
+        torch.distributed.barrier()
+        loaded.load_adapter(folder / "biases-ddp-off", "default", is_trainable=True)
+        found[f"{engine}, loaded"] = _full(bias_facts(loaded))
+    return found
+
+
+def biased_llama(offset: int = 0) -> nn.Module:
+    from peft import get_peft_model
+
+    base = llama(torch.float64, attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.add_(offset if name.endswith("bias") else 0)
+    return get_peft_model(base, replace(peft_config(), bias="all"))
+
+
+def bias_facts(model: nn.Module) -> Found:
+    """All biases as they are trained, and with the adapter off."""
+    named = [(n, p) for n, p in model.named_parameters() if n.endswith("bias")]
+    trained = [p.detach().clone() for _, p in named]
+    with model.disable_adapter():
+        return {"trained": trained, "off": [p.detach().clone() for _, p in named]}
 
 
 class Gathered:

@@ -41,6 +41,7 @@ JOBS = [jobs.ddp, jobs.ddp_resumed, jobs.ddp_unlike, jobs.trainer_ddp, jobs.trai
 JOBS += [jobs.epoch_order]
 JOBS += [sharded.fsdp2, sharded.fsdp2_kept, sharded.fsdp2_variants, sharded.fsdp2_precision, sharded.fsdp2_saves]
 JOBS += [sharded.fsdp2_traffic, sharded.fsdp2_resumed, sharded.fsdp2_guards, sharded.peft_fsdp2]
+JOBS += [sharded.peft_biases]
 JOBS += [sharded.trainer_fsdp2, sharded.trainer_fsdp2_resumed]
 
 
@@ -69,8 +70,14 @@ def found(alone, folder):
     return jobs.launch(JOBS, folder)
 
 
+@pytest.fixture(scope="module")
+def four(folder):
+    """What four processes found."""
+    return jobs.launch([jobs.ddp_four, sharded.fsdp2_four], folder, world=4)
+
+
 def of(found, job):
-    """Both ranks' results of one job; a failed one shows its traceback."""
+    """All ranks' results of one job; a failed one shows its traceback."""
     for rank, result in enumerate(found[job]):
         assert "failed" not in result, f"rank {rank}:\n{result['failed']}"
     return found[job]
@@ -124,6 +131,17 @@ def test_ranks_that_attached_to_other_weights_get_those_of_rank_0(found, alone):
 def test_fsdp2_gives_the_trajectory_of_one_process(mode, found, alone):
     for result in of(found, "fsdp2"):
         same_trajectory(result[mode], alone[mode])
+
+
+@pytest.mark.parametrize("job", ["ddp_four", "fsdp2_four"])
+def test_four_processes_give_the_trajectory_of_one(job, four, alone):
+    results = of(four, job)
+    assert len(results) == 4
+    for result in results:
+        assert len(result["visits"][0]) == 5
+        same_trajectory(result, alone["alternate"])
+        for mine, its in zip(result["weights"], results[0]["weights"], strict=True):
+            assert torch.equal(mine, its)
 
 
 @pytest.mark.parametrize("mode", ["row", "column"])
@@ -248,6 +266,29 @@ def test_peft_under_fsdp2_saves_the_adapter_of_one_process(found, folder):
         assert_close(tensor, two[key], atol=1e-4, rtol=1e-3)
     for name in ("peft-one", "peft-two"):
         assert "layout" in (folder / name / "adapter_config.json").read_text()
+
+
+def test_biases_train_as_in_one_process(found, folder):
+    model = sharded.biased_llama()
+    losses = jobs.peft_loop(model, 0, 1)
+    expected = sharded.bias_facts(model)
+    model.save_pretrained(folder / "biases-one")
+    for engine in ("ddp", "fsdp2"):
+        results = of(found, "peft_biases")
+        both = [result[engine]["losses"] for result in results]
+        assert [sum(pair) / 2 for pair in zip(*both, strict=True)] == pytest.approx(losses)
+        for result in results:
+            for made in (result[engine], result[f"{engine}, loaded"]):
+                for mine, its in zip(made["trained"], expected["trained"], strict=True):
+                    assert_close(mine, its)
+                for mine, its in zip(made["off"], expected["off"], strict=True):
+                    assert torch.equal(mine, its)  # zeros
+        for name in (f"biases-{engine}", f"biases-{engine}-off"):
+            one, two = (load_file(folder / f / "adapter_model.safetensors") for f in ("biases-one", name))
+            assert one.keys() == two.keys()
+            for key, tensor in one.items():
+                assert_close(tensor, two[key])
+    assert all(bool(bias.abs().max() > 0) for bias in expected["trained"])
 
 
 def test_saving_an_adapter_gathers_slices_and_no_weights(found):

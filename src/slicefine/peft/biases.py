@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..biases import Biases
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
+from ..sharded import is_sharded
 from .layer import SliceFineLinear
 
 __all__ = [
@@ -110,7 +111,8 @@ def bias_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
         current = f"{names[id(module)]}.{parameter}"
         place = f"{_PREFIX if current.startswith(_PREFIX) else ''}{name}".rpartition(".")[0]
         key = f"{place}{_INSIDE if id(module) in owners else ''}.{parameter}"
-        result[key] = state_dict[current] if biases.applied and current in state_dict else values[name]
+        given = state_dict.get(current) if biases.applied else None
+        result[key] = values[name] if given is None or is_sharded(given) else given
     return result
 
 
