@@ -30,6 +30,7 @@ from distributed_jobs import (
 from peft_helpers import llama
 from slicefine.errors import ContentError, UnsupportedError
 from slicefine.geometry import Slice
+from slicefine.journal import visit_table
 from slicefine.transfer import expect_checkpoint
 from slicefine.tuner import attach
 
@@ -410,7 +411,56 @@ def trainer_fsdp2_resumed(rank: int, folder: Path) -> Found:
     return _plugin(folder / "trainer-fsdp2-again", str(folder / "trainer-fsdp2" / "checkpoint-3"))
 
 
-def _plugin(folder: Path, resume_from: str | None = None) -> Found:
+def trainer_fsdp2_sharded(rank: int, folder: Path) -> Found:
+    """With checkpoints in parts, one from each process."""
+    return _plugin(folder / "trainer-sharded", kind="SHARDED")
+
+
+def trainer_fsdp2_sharded_resumed(rank: int, folder: Path) -> Found:
+    return _plugin(folder / "trainer-sharded-again", str(folder / "trainer-sharded" / "checkpoint-3"), "SHARDED")
+
+
+def trainer_fsdp2_four(rank: int, folder: Path) -> Found:
+    """Four processes go on from what two wrote."""
+    found = {}
+    for kind, name in (("FULL", "trainer-fsdp2"), ("SHARDED", "trainer-sharded")):
+        found[kind] = _plugin(folder / f"{name}-four", str(folder / name / "checkpoint-3"), kind)
+    return found
+
+
+def peft_sharded_file(rank: int, folder: Path) -> Found:
+    """What accelerate writes of an adapter with a head and biases, read into a fresh model, and into one with more."""
+    import torch.distributed.checkpoint as dcp
+    from peft import get_peft_model, get_peft_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    from slicefine.errors import AdapterFileError
+    from slicefine.peft.sharded_checkpoints import load_sharded_adapter
+
+    def make(heads: list[str]) -> nn.Module:
+        config = replace(peft_config(), bias="all", modules_to_save=heads)
+        model = get_peft_model(llama(torch.float64, attention_bias=True), config)
+        fully_shard(model)
+        return model
+
+    model, path = make(["lm_head"]), folder / "in-parts"
+    peft_loop(model, rank, 2)
+    dcp.save({"model": get_peft_model_state_dict(model)}, checkpoint_id=path)
+    loaded = make(["lm_head"])
+    load_sharded_adapter(loaded, path)
+    found = {"parameters": [], "visits": []}
+    for each in (model, loaded):
+        found["parameters"].append({name: _full(p.detach()) for name, p in each.named_parameters()})
+        tables = [m.states["default"].journal.visits for m in each.modules() if hasattr(m, "states")]
+        found["visits"].append([visit_table(visits) for visits in tables])
+    try:
+        load_sharded_adapter(make(["lm_head", "norm"]), path)
+    except AdapterFileError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def _plugin(folder: Path, resume_from: str | None = None, kind: str = "FULL") -> Found:
     """Accelerate takes its FSDP plugin on GPUs only, and DDP on a CPU: here it is told that these are GPUs."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
@@ -422,7 +472,7 @@ def _plugin(folder: Path, resume_from: str | None = None) -> Found:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "cpu_ram_efficient_loading": False,
-        "state_dict_type": "FULL_STATE_DICT",
+        "state_dict_type": f"{kind}_STATE_DICT",
     }
     original = PartialState.__init__
 
@@ -433,7 +483,8 @@ def _plugin(folder: Path, resume_from: str | None = None) -> Found:
 
     PartialState.__init__ = pretend
     try:
-        return _full(trainer_run(folder, 2, resume_from, ddp_backend="gloo", fsdp=True, fsdp_config=settings))
+        world = torch.distributed.get_world_size()
+        return _full(trainer_run(folder, world, resume_from, ddp_backend="gloo", fsdp=True, fsdp_config=settings))
     finally:
         PartialState.__init__ = original
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -43,6 +43,7 @@ JOBS += [sharded.fsdp2, sharded.fsdp2_kept, sharded.fsdp2_variants, sharded.fsdp
 JOBS += [sharded.fsdp2_traffic, sharded.fsdp2_resumed, sharded.fsdp2_guards, sharded.peft_fsdp2]
 JOBS += [sharded.peft_biases]
 JOBS += [sharded.trainer_fsdp2, sharded.trainer_fsdp2_resumed]
+JOBS += [sharded.peft_sharded_file, sharded.trainer_fsdp2_sharded, sharded.trainer_fsdp2_sharded_resumed]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,9 @@ def found(alone, folder):
 
 
 @pytest.fixture(scope="module")
-def four(folder):
-    """What four processes found."""
-    return jobs.launch([jobs.ddp_four, sharded.fsdp2_four], folder, world=4)
+def four(found, folder):
+    """What four processes found; some go on from what two wrote."""
+    return jobs.launch([jobs.ddp_four, sharded.fsdp2_four, sharded.trainer_fsdp2_four], folder, world=4)
 
 
 def of(found, job):
@@ -352,9 +353,29 @@ def test_trainer_under_fsdp2_gives_the_run_of_one_process(found, alone, folder):
         assert_close(tensor, two[key], atol=1e-4, rtol=1e-3)
 
 
-def test_trainer_under_fsdp2_resumes(found, alone):
-    for result in of(found, "trainer_fsdp2_resumed"):
+@pytest.mark.parametrize("job", ["trainer_fsdp2_resumed", "trainer_fsdp2_sharded_resumed"])
+def test_trainer_under_fsdp2_resumes(job, found, alone):
+    for result in of(found, job):
         same_run(result, alone["trainer"], slice(3, None))
+
+
+@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+def test_trainer_under_fsdp2_resumes_on_more_processes(kind, found, four, alone):
+    of(found, "trainer_fsdp2_sharded")
+    for result in of(four, "trainer_fsdp2_four"):
+        same_run(result[kind], alone["trainer"], slice(3, None))
+
+
+def test_an_adapter_in_parts_is_read_with_head_and_biases(found):
+    for result in of(found, "peft_sharded_file"):
+        (saved, loaded), (visits, again) = result["parameters"], result["visits"]
+        assert saved.keys() == loaded.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, loaded[name]), name
+        assert len(visits[0]) == 4
+        for mine, its in zip(visits, again, strict=True):
+            assert torch.equal(mine, its)
+        assert re.search("the checkpoint lacks .*norm.weight .*Resume with the configuration", result["refused"])
 
 
 def test_two_stages_of_a_pipeline_are_one_model(found):
