@@ -38,6 +38,7 @@ LADDER = [
     "transfer",
     "held",
     "adapters",
+    "nested",
     "layer",
     "guards",
     "since",
@@ -56,6 +57,7 @@ ALLOWED["fingerprint"] = set()
 ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}
+ALLOWED["nested"] = {"errors"}
 ALLOWED["packed"] = {"errors", "geometry"}
 ALLOWED["quantised"] = {"errors"}
 ALLOWED["weights"] = {"errors", "geometry", "quantised"}

@@ -180,7 +180,9 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             )
         if self.disable_adapters or (self.merged and self.packed is None):
             y = self.base_layer(*args, **kwargs)
-            return y if self.kind.layout == "hidden" else self._guarded(y, [])  # backward may come after a switch
+            if self.kind.layout == "hidden":
+                return y
+            return self._projection_guarded(self._guarded(y, []))  # backward may come after a switch
         return super().forward(*args, **kwargs)
 
     def __repr__(self) -> str:

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, NoMatchingPeftModuleError
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -76,7 +77,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         self._structure = structure(model, config.whole_heads, config.coupled)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._inject(model, adapter_name, config, *args, **kwargs)
             self._reach_inside(model, adapter_name, config)
             hold_biases(model, adapter_name, config.bias, warn=not config.inference_mode)
             self._check_reserve(model, adapter_name, config)
@@ -93,15 +94,34 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             raise
         warn_about_clamped(self._clamped)
 
+    def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, which may find nothing where all that is meant lies inside layers with adapters."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError:
+            if not list(self._inside(model, adapter_name, config)):
+                raise
+            targets = config.target_modules
+            try:
+                config.target_modules = DUMMY_TARGET_MODULES  # PEFT's word for: none of those that it looks at
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            finally:
+                config.target_modules = targets
+
     def _reach_inside(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
         """PEFT passes by what lies inside a layer with adapters: the output projection of packed attention."""
-        for name, layer in list(_sliced_layers(model)):
+        for key, attention in list(self._inside(model, adapter_name, config)):
+            self._create_and_replace(config, adapter_name, attention.out_proj, "out_proj", attention, key)
+
+    def _inside(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> Iterator[tuple[str, Any]]:
+        """Output projections that an adapter targets and has not yet, by name, with the attention that they are of."""
+        for name, layer in _sliced_layers(model):
             inside = getattr(layer.base_layer, "out_proj", None) if layer.kind.layout == "packed" else None
             key = f"{name.replace('.base_layer', '')}.out_proj"
             if inside is None or adapter_name in getattr(inside, "states", ()):
                 continue
             if self._check_target_module_exists(config, key):
-                self._create_and_replace(config, adapter_name, inside, "out_proj", layer.base_layer, key)
+                yield key, layer.base_layer
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As PEFT's; "all-linear" means layers, too, that are no nn.Linear: quantised ones, and packed attention."""
