@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import GPT2LMHeadModel, GPT2Model
+from transformers import GPT2LMHeadModel, GPT2Model, Trainer, TrainingArguments
 
 from peft_helpers import IDS, THIRD_PARTY, config, gpt2, llama, logits, same, train, weights
 from slicefine import attach, delta_since
@@ -305,6 +305,20 @@ def test_a_backward_may_come_after_the_adapter_was_off_for_a_while():
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert any(name.endswith("ln_f.bias") for name in grads[0])
     assert same(*grads)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path):
+    def run(folder: Path, resume: Path | None = None) -> dict[str, Tensor]:
+        model = biased(total_steps=6)
+        settings = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.02}
+        arguments = TrainingArguments(str(folder), report_to=[], use_cpu=True, disable_tqdm=True, **settings)
+        rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+        Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=resume and str(resume))
+        return weights(model)
+
+    whole = run(tmp_path / "whole")
+    assert same(run(tmp_path / "again", tmp_path / "whole" / "checkpoint-3"), whole)
+    assert not same(biases(gpt2()), {name: tensor for name, tensor in whole.items() if name.endswith("bias")})
 
 
 def test_a_new_head_s_own_bias_is_trained_once():
