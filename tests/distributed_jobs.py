@@ -1,6 +1,6 @@
 """What the processes of the distributed tests do: one spawn runs a list of jobs, each rank writes what it found.
 
-Run by `launch` (two processes with gloo), never by pytest itself.
+Run by `launch` (two processes with gloo, or four), never by pytest itself.
 """
 
 from __future__ import annotations
@@ -172,6 +172,14 @@ def ddp(rank: int, folder: Path) -> Found:
         loop(wrapped, optimizer, range(STEPS), rank, 2, save, quiet)
         found[mode] = facts(tuner)
     return found
+
+
+def ddp_four(rank: int, folder: Path) -> Found:
+    """For four processes, each with one row of a batch."""
+    model, tuner = tune("alternate")
+    wrapped, quiet = _replicated(model)
+    loop(wrapped, adamw(tuner.parameters()), range(STEPS), rank, 4, quiet=quiet)
+    return facts(tuner)
 
 
 def ddp_resumed(rank: int, folder: Path) -> Found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from distributed_jobs import (
 from peft_helpers import llama
 from slicefine.errors import ContentError, UnsupportedError
 from slicefine.geometry import Slice
+from slicefine.journal import visit_table
 from slicefine.transfer import expect_checkpoint
 from slicefine.tuner import attach
 
@@ -61,8 +63,13 @@ def _full(found: Any) -> Any:
 def _fsdp2(rank: int, mode: str, sharding: Found, **settings: Any) -> Found:
     model, tuner = tune(mode, **settings)
     quiet = _sharded(model, **sharding)
-    loop(model, adamw(tuner.parameters()), range(STEPS), rank, 2, quiet=quiet)
+    loop(model, adamw(tuner.parameters()), range(STEPS), rank, torch.distributed.get_world_size(), quiet=quiet)
     return _full(facts(tuner))
+
+
+def fsdp2_four(rank: int, folder: Path) -> Found:
+    """For four processes: of five rows the last holds none, of a slice's two lines the last two."""
+    return _fsdp2(rank, "alternate", {})
 
 
 def fsdp2(rank: int, folder: Path) -> Found:
@@ -308,6 +315,51 @@ def peft_fsdp2(rank: int, folder: Path) -> Found:
     return {"losses": found, "largest": max(gathered)}
 
 
+def peft_biases(rank: int, folder: Path) -> Found:
+    """Biases beside the slices; under DDP the second process begins with others, which rank 0's replace."""
+    from torch.distributed.fsdp import fully_shard
+
+    found: Found = {}
+    for engine in ("ddp", "fsdp2"):
+        model = biased_llama(offset=rank if engine == "ddp" else 0)
+        if engine == "ddp":
+            wrapped: nn.Module = nn.parallel.DistributedDataParallel(model)
+        else:
+            for block in model.base_model.model.model.layers:
+                fully_shard(block)
+            wrapped = fully_shard(model)
+        losses = peft_loop(wrapped, rank, 2)
+        found[engine] = {"losses": losses} | _full(bias_facts(model))
+        model.save_pretrained(folder / f"biases-{engine}", is_main_process=rank == 0)
+        with model.disable_adapter():  # while the trained values are not in the parameters
+            model.save_pretrained(folder / f"biases-{engine}-off", is_main_process=rank == 0)
+        loaded = biased_llama()
+        if engine == "fsdp2":
+            fully_shard(loaded)
+        torch.distributed.barrier()
+        loaded.load_adapter(folder / "biases-ddp-off", "default", is_trainable=True)
+        found[f"{engine}, loaded"] = _full(bias_facts(loaded))
+    return found
+
+
+def biased_llama(offset: int = 0) -> nn.Module:
+    from peft import get_peft_model
+
+    base = llama(torch.float64, attention_bias=True)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.add_(offset if name.endswith("bias") else 0)
+    return get_peft_model(base, replace(peft_config(), bias="all"))
+
+
+def bias_facts(model: nn.Module) -> Found:
+    """All biases as they are trained, and with the adapter off."""
+    named = [(n, p) for n, p in model.named_parameters() if n.endswith("bias")]
+    trained = [p.detach().clone() for _, p in named]
+    with model.disable_adapter():
+        return {"trained": trained, "off": [p.detach().clone() for _, p in named]}
+
+
 class Gathered:
     """Notes how many bytes each collective of `torch.distributed.all_reduce` and all-gathers moves."""
 
@@ -359,7 +411,56 @@ def trainer_fsdp2_resumed(rank: int, folder: Path) -> Found:
     return _plugin(folder / "trainer-fsdp2-again", str(folder / "trainer-fsdp2" / "checkpoint-3"))
 
 
-def _plugin(folder: Path, resume_from: str | None = None) -> Found:
+def trainer_fsdp2_sharded(rank: int, folder: Path) -> Found:
+    """With checkpoints in parts, one from each process."""
+    return _plugin(folder / "trainer-sharded", kind="SHARDED")
+
+
+def trainer_fsdp2_sharded_resumed(rank: int, folder: Path) -> Found:
+    return _plugin(folder / "trainer-sharded-again", str(folder / "trainer-sharded" / "checkpoint-3"), "SHARDED")
+
+
+def trainer_fsdp2_four(rank: int, folder: Path) -> Found:
+    """Four processes go on from what two wrote."""
+    found = {}
+    for kind, name in (("FULL", "trainer-fsdp2"), ("SHARDED", "trainer-sharded")):
+        found[kind] = _plugin(folder / f"{name}-four", str(folder / name / "checkpoint-3"), kind)
+    return found
+
+
+def peft_sharded_file(rank: int, folder: Path) -> Found:
+    """What accelerate writes of an adapter with a head and biases, read into a fresh model, and into one with more."""
+    import torch.distributed.checkpoint as dcp
+    from peft import get_peft_model, get_peft_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    from slicefine.errors import AdapterFileError
+    from slicefine.peft.sharded_checkpoints import load_sharded_adapter
+
+    def make(heads: list[str]) -> nn.Module:
+        config = replace(peft_config(), bias="all", modules_to_save=heads)
+        model = get_peft_model(llama(torch.float64, attention_bias=True), config)
+        fully_shard(model)
+        return model
+
+    model, path = make(["lm_head"]), folder / "in-parts"
+    peft_loop(model, rank, 2)
+    dcp.save({"model": get_peft_model_state_dict(model)}, checkpoint_id=path)
+    loaded = make(["lm_head"])
+    load_sharded_adapter(loaded, path)
+    found = {"parameters": [], "visits": []}
+    for each in (model, loaded):
+        found["parameters"].append({name: _full(p.detach()) for name, p in each.named_parameters()})
+        tables = [m.states["default"].journal.visits for m in each.modules() if hasattr(m, "states")]
+        found["visits"].append([visit_table(visits) for visits in tables])
+    try:
+        load_sharded_adapter(make(["lm_head", "norm"]), path)
+    except AdapterFileError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def _plugin(folder: Path, resume_from: str | None = None, kind: str = "FULL") -> Found:
     """Accelerate takes its FSDP plugin on GPUs only, and DDP on a CPU: here it is told that these are GPUs."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
@@ -371,7 +472,7 @@ def _plugin(folder: Path, resume_from: str | None = None) -> Found:
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
         "cpu_ram_efficient_loading": False,
-        "state_dict_type": "FULL_STATE_DICT",
+        "state_dict_type": f"{kind}_STATE_DICT",
     }
     original = PartialState.__init__
 
@@ -382,7 +483,8 @@ def _plugin(folder: Path, resume_from: str | None = None) -> Found:
 
     PartialState.__init__ = pretend
     try:
-        return _full(trainer_run(folder, 2, resume_from, ddp_backend="gloo", fsdp=True, fsdp_config=settings))
+        world = torch.distributed.get_world_size()
+        return _full(trainer_run(folder, world, resume_from, ddp_backend="gloo", fsdp=True, fsdp_config=settings))
     finally:
         PartialState.__init__ = original
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -33,10 +33,12 @@ LADDER = [
     "journal",
     "delta",
     "sharded",
+    "biases",
     "state",
     "transfer",
     "held",
     "adapters",
+    "nested",
     "layer",
     "guards",
     "since",
@@ -55,6 +57,7 @@ ALLOWED["fingerprint"] = set()
 ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}
+ALLOWED["nested"] = {"errors"}
 ALLOWED["packed"] = {"errors", "geometry"}
 ALLOWED["quantised"] = {"errors"}
 ALLOWED["weights"] = {"errors", "geometry", "quantised"}
@@ -66,7 +69,8 @@ ALLOWED["optimizers"] = {"sharded"}
 ALLOWED["targets"] = {"errors", "layer", "quantised", "weights"}
 ALLOWED["pace"] = {"errors", "schedule", "state", "window"}
 ALLOWED["sharded"] = {"errors", "geometry"}
-ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
+ALLOWED["biases"] = {"errors", "sharded"}
+ALLOWED["state"] = {"errors", "biases", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
 CORE = list(ALLOWED)

@@ -41,7 +41,9 @@ JOBS = [jobs.ddp, jobs.ddp_resumed, jobs.ddp_unlike, jobs.trainer_ddp, jobs.trai
 JOBS += [jobs.epoch_order]
 JOBS += [sharded.fsdp2, sharded.fsdp2_kept, sharded.fsdp2_variants, sharded.fsdp2_precision, sharded.fsdp2_saves]
 JOBS += [sharded.fsdp2_traffic, sharded.fsdp2_resumed, sharded.fsdp2_guards, sharded.peft_fsdp2]
+JOBS += [sharded.peft_biases]
 JOBS += [sharded.trainer_fsdp2, sharded.trainer_fsdp2_resumed]
+JOBS += [sharded.peft_sharded_file, sharded.trainer_fsdp2_sharded, sharded.trainer_fsdp2_sharded_resumed]
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +71,14 @@ def found(alone, folder):
     return jobs.launch(JOBS, folder)
 
 
+@pytest.fixture(scope="module")
+def four(found, folder):
+    """What four processes found; some go on from what two wrote."""
+    return jobs.launch([jobs.ddp_four, sharded.fsdp2_four, sharded.trainer_fsdp2_four], folder, world=4)
+
+
 def of(found, job):
-    """Both ranks' results of one job; a failed one shows its traceback."""
+    """All ranks' results of one job; a failed one shows its traceback."""
     for rank, result in enumerate(found[job]):
         assert "failed" not in result, f"rank {rank}:\n{result['failed']}"
     return found[job]
@@ -124,6 +132,17 @@ def test_ranks_that_attached_to_other_weights_get_those_of_rank_0(found, alone):
 def test_fsdp2_gives_the_trajectory_of_one_process(mode, found, alone):
     for result in of(found, "fsdp2"):
         same_trajectory(result[mode], alone[mode])
+
+
+@pytest.mark.parametrize("job", ["ddp_four", "fsdp2_four"])
+def test_four_processes_give_the_trajectory_of_one(job, four, alone):
+    results = of(four, job)
+    assert len(results) == 4
+    for result in results:
+        assert len(result["visits"][0]) == 5
+        same_trajectory(result, alone["alternate"])
+        for mine, its in zip(result["weights"], results[0]["weights"], strict=True):
+            assert torch.equal(mine, its)
 
 
 @pytest.mark.parametrize("mode", ["row", "column"])
@@ -250,6 +269,29 @@ def test_peft_under_fsdp2_saves_the_adapter_of_one_process(found, folder):
         assert "layout" in (folder / name / "adapter_config.json").read_text()
 
 
+def test_biases_train_as_in_one_process(found, folder):
+    model = sharded.biased_llama()
+    losses = jobs.peft_loop(model, 0, 1)
+    expected = sharded.bias_facts(model)
+    model.save_pretrained(folder / "biases-one")
+    for engine in ("ddp", "fsdp2"):
+        results = of(found, "peft_biases")
+        both = [result[engine]["losses"] for result in results]
+        assert [sum(pair) / 2 for pair in zip(*both, strict=True)] == pytest.approx(losses)
+        for result in results:
+            for made in (result[engine], result[f"{engine}, loaded"]):
+                for mine, its in zip(made["trained"], expected["trained"], strict=True):
+                    assert_close(mine, its)
+                for mine, its in zip(made["off"], expected["off"], strict=True):
+                    assert torch.equal(mine, its)  # zeros
+        for name in (f"biases-{engine}", f"biases-{engine}-off"):
+            one, two = (load_file(folder / f / "adapter_model.safetensors") for f in ("biases-one", name))
+            assert one.keys() == two.keys()
+            for key, tensor in one.items():
+                assert_close(tensor, two[key])
+    assert all(bool(bias.abs().max() > 0) for bias in expected["trained"])
+
+
 def test_saving_an_adapter_gathers_slices_and_no_weights(found):
     smallest = 16 * 16 * 4  # bytes of the smallest weight
     for result in of(found, "peft_fsdp2"):
@@ -311,9 +353,29 @@ def test_trainer_under_fsdp2_gives_the_run_of_one_process(found, alone, folder):
         assert_close(tensor, two[key], atol=1e-4, rtol=1e-3)
 
 
-def test_trainer_under_fsdp2_resumes(found, alone):
-    for result in of(found, "trainer_fsdp2_resumed"):
+@pytest.mark.parametrize("job", ["trainer_fsdp2_resumed", "trainer_fsdp2_sharded_resumed"])
+def test_trainer_under_fsdp2_resumes(job, found, alone):
+    for result in of(found, job):
         same_run(result, alone["trainer"], slice(3, None))
+
+
+@pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
+def test_trainer_under_fsdp2_resumes_on_more_processes(kind, found, four, alone):
+    of(found, "trainer_fsdp2_sharded")
+    for result in of(four, "trainer_fsdp2_four"):
+        same_run(result[kind], alone["trainer"], slice(3, None))
+
+
+def test_an_adapter_in_parts_is_read_with_head_and_biases(found):
+    for result in of(found, "peft_sharded_file"):
+        (saved, loaded), (visits, again) = result["parameters"], result["visits"]
+        assert saved.keys() == loaded.keys()
+        for name, tensor in saved.items():
+            assert torch.equal(tensor, loaded[name]), name
+        assert len(visits[0]) == 4
+        for mine, its in zip(visits, again, strict=True):
+            assert torch.equal(mine, its)
+        assert re.search("the checkpoint lacks .*norm.weight .*Resume with the configuration", result["refused"])
 
 
 def test_two_stages_of_a_pipeline_are_one_model(found):

@@ -335,7 +335,6 @@ def test_the_layer_s_repr_names_the_method():
     ("name", "hint"),
     [
         ("lora_alpha", "a slice is trained in place: nothing is added that would need it"),
-        ("bias", "biases stay as they are"),
         ("rank", "did you mean r\\?"),
         ("target_module", "did you mean target_modules\\?"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from slicefine import ConfigError, SliceFineConfig, UnsupportedError
+from slicefine import ConfigError, ContentError, SliceFineConfig, UnsupportedError
 from slicefine.files.adapter import read_adapter, write_adapter
 from slicefine.files.checkpoint import Checkpoint
 from slicefine.files.export import export_lora
@@ -247,7 +248,9 @@ def of_adapter(model: nn.Module, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("first", [["attention"], ["attention", "out_proj"], ["out_proj"]])
-@pytest.mark.parametrize("second", [["attention", "out_proj", "head"], ["out_proj", "head"], ["attention", "head"]])
+@pytest.mark.parametrize(
+    "second", [["attention", "out_proj", "head"], ["out_proj", "head"], ["attention", "head"], ["out_proj"]]
+)
 def test_a_second_adapter_may_choose_other_parts_of_attention(first, second, tmp_path):
     model = get_peft_model(mixed(), SliceFineConfig(r=1, interval=9, target_modules=first))
     model.add_adapter("second", SliceFineConfig(r=1, interval=9, target_modules=second))
@@ -262,6 +265,49 @@ def test_a_second_adapter_may_choose_other_parts_of_attention(first, second, tmp
     with torch.no_grad():
         assert_close(loaded(TOKENS), expected)
     assert not any(isinstance(m, SliceFineLinear) for m in model.unload().modules())
+
+
+def test_the_output_projection_alone_is_loaded_beside_an_adapter_of_attention(tmp_path):
+    model = get_peft_model(mixed(), SliceFineConfig(r=1, interval=9, target_modules=["out_proj"]))
+    train(model, CASES["mixed"][2], 2)
+    model.save_pretrained(tmp_path)
+    both = get_peft_model(mixed(), SliceFineConfig(r=1, interval=9, target_modules=["attention"]))
+    both.load_adapter(tmp_path, "second")
+    both.set_adapter("second")
+    with torch.no_grad():
+        assert_close(both(TOKENS), model(TOKENS))
+    with pytest.raises(ValueError, match="Target modules .*nowhere.* not found"):
+        both.add_adapter("third", SliceFineConfig(r=1, interval=9, target_modules=["nowhere"]))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_projection_that_changes_before_backward_is_refused(trains):
+    """Its weight is read without a call: the attention around it, which has slices too, looks after it."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    model = get_peft_model(nn.Sequential(OrderedDict(attention=attention)), attention_config(["attention"]))
+    model.add_adapter("second", attention_config(["out_proj"]))
+    model.set_adapter("second")
+    inside = model.base_model.model.attention.base_layer.out_proj
+    with torch.no_grad():
+        inside.slicefine_active["second"].add_(1)
+    model.set_requires_grad("second", trains)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    layer = model.base_model.model.attention
+    message = "attention.out_proj: the weights changed between forward and backward"
+    layer(x, x, x)[0].sum().backward()  # the content is the forward's
+    y = layer(x, x, x)[0]
+    with model.disable_adapter(), pytest.raises(ContentError, match=message):
+        y.sum().backward()
+    model.set_requires_grad("second", trains)
+    with model.disable_adapter():
+        y = layer(x, x, x)[0]
+    with pytest.raises(ContentError, match=message):
+        y.sum().backward()
+
+
+def attention_config(targets: list[str]) -> SliceFineConfig:
+    return SliceFineConfig(r=1, mode="row", interval=9, target_modules=targets)
 
 
 @pytest.mark.parametrize("first", [["experts.gate_up_proj"], ["experts.down_proj"]])

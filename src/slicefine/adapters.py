@@ -113,6 +113,9 @@ class SliceAdapters(HeldWeight):
     def delete_slice(self, name: str) -> None:
         """Remove adapter ``name``; the weight is restored first if it was applied."""
         self.apply_only([other for other in self.requested or self.applied if other != name])
+        biases = self.states[name].biases
+        if biases is not None:
+            biases.follow(applied=False, trains=False)
         del self.states[name]
         del self.slicefine_active[name]
 

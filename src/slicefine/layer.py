@@ -19,6 +19,7 @@ from .functional import (
     track_slice,
     track_weight,
 )
+from .nested import map_nested
 from .sharded import refuse_engine
 from .state import AdapterState
 from .weights import refuse_offloaded
@@ -69,9 +70,11 @@ class SliceLayer(SliceAdapters):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
-        if not self.kind.called:
-            return self._forward_of_other_kinds(args, kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if x.is_nested and (self.kind.called or self.kind.layout == "embedding"):
+            return map_nested(lambda flat: self.forward(flat), x, self.label)
+        if not self.kind.called:
+            return self._projection_guarded(self._forward_of_other_kinds(args, kwargs))
         compiling = torch.compiler.is_compiling()
         names = self.applied if compiling else self._checked()
         trained = self._trained(names)
@@ -110,6 +113,17 @@ class SliceLayer(SliceAdapters):
                 _warn_below(self.states[name])
         guarded = guard_content(first, self)
         return (guarded, *y[1:]) if first is not y else guarded
+
+    def _projection_guarded(self, y: Any) -> Any:
+        """Packed attention's output, guarded for its output projection, whose weight is read without a call.
+
+        One that trains has its guard with its gradient (`_tracked`).
+        """
+        inside = getattr(self.base_layer, "out_proj", None) if self.kind.layout == "packed" else None
+        if not isinstance(inside, SliceLayer):
+            return y
+        names = inside.applied
+        return y if inside._trained(names) else inside._guarded(y, names)
 
     def _refused(self, y: Tensor, parameter: Tensor) -> Tensor:
         refused = _RefuseBackward.apply(y, parameter, self.label)  # type: ignore[no-untyped-call]
@@ -204,8 +218,8 @@ def _warn_below(state: AdapterState) -> None:
         state.mover.warned_below = True
         warnings.warn(
             f"SliceFine: a gradient goes on below the window of blocks ({state.layer_name}), so it saves neither "
-            "time nor memory. Something below requires one: trained embeddings, modules_to_save, or inputs after "
-            "enable_input_require_grads() (gradient checkpointing with use_reentrant=False does without).",
+            "time nor memory. Something below requires one: trained embeddings or biases, modules_to_save, or "
+            "inputs after enable_input_require_grads() (gradient checkpointing with use_reentrant=False does without).",
             UserWarning,
             stacklevel=4,
         )

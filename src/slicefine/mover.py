@@ -231,6 +231,8 @@ class Mover:
             for layer in self._with_adapter():
                 layer.follow_weight(self.name)
             remember(self._with_adapter())
+            for biases in {state.biases for _, state in self._pairs() if state.biases is not None}:
+                biases.settle()
             self.watching = True
         if not skips:
             return closure

@@ -60,7 +60,8 @@ def delta_since(model: nn.Module, step: int, adapter_name: str = "default", slic
         model: with slices, made by `attach` or PEFT; the slices may be anywhere inside.
         step: the last optimizer step that the receiver has (`Mover.step` at that time); 0: it has the base only.
         adapter_name: whose slices.
-        slices_only: leave out what else was trained (heads in ``modules_to_save``, ``train_rest``) instead of refusing.
+        slices_only: leave out what else was trained (heads in ``modules_to_save``, ``bias``, ``train_rest``) instead of
+            refusing.
 
     Returns:
         Values as lines ``(width, line length)``, on the weights' device; layers that did not change are left out.
@@ -148,8 +149,13 @@ def _layers(model: nn.Module, adapter_name: str) -> Iterator[SliceLayer]:
 
 def _refuse_others(model: nn.Module, adapter_name: str) -> None:
     """Parameters that were trained whole are in no slice: a receiver would lack them in silence."""
+    held = (
+        m.states[adapter_name].biases for m in model.modules() if isinstance(m, SliceLayer) and adapter_name in m.states
+    )
+    biases = {id(tensor) for found in held if found is not None for tensor in found.parameters()}
     for name, parameter in model.named_parameters():
-        if "slicefine_active" not in name and (parameter.requires_grad or adapter_name in name.split(".")):
+        trained = parameter.requires_grad or adapter_name in name.split(".") or id(parameter) in biases
+        if "slicefine_active" not in name and trained:
             raise UnsupportedError(
                 f"delta_since: {name} is trained, too, and not by slices, so slices do not carry it. Push such tensors "
                 "as they are, and say slices_only=True here."

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .biases import Biases
 from .errors import AdapterFileError
 from .geometry import Slice
 from .journal import Journal
@@ -137,6 +138,7 @@ class AdapterState:
         self.mover: Any = None  # keeps the mover alive as long as the layer (see `slicefine.mover`)
         self.copied = False  # of another layer's state: DDP never brings it weights of its own
         self.deferred = False  # the base weight had no values yet (meta device) when the adapter was created
+        self.biases: Biases | None = None  # trained whole beside the slices; one object for all layers of an adapter
         self.again: list[Slice] = []  # slices that were visited before another base weight came; empty: the first
 
     def forget(self) -> None:

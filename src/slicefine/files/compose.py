@@ -265,6 +265,7 @@ def _config(adapters: Sequence[Adapter], head: Adapter | None) -> dict[str, Any]
         **own,
         "trainable_token_indices": source.get("trainable_token_indices"),
         "modules_to_save": source.get("modules_to_save"),
+        "bias": source.get("bias", "none"),
         "progress": None,
         "reserve": None,
         "share": None,

@@ -24,6 +24,7 @@ from .writing import atomic_folder
 
 __all__ = ["RUNTIMES", "Exported", "Runtime", "changes", "export_lora", "read_lora"]
 
+_BIASES: dict[str, Any] = {"all": "all", "slicefine_only": "lora_only"}  # whose files name biases alike
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -212,6 +213,7 @@ def _lora_config(adapter: Adapter, ranks: dict[str, int]) -> dict[str, Any]:
         rank_pattern=single,
         alpha_pattern=dict(single),
         fan_in_fan_out=any(layer.transposed for layer in adapter.layers.values()),
+        bias=_BIASES.get(source.get("bias", "none"), "none"),
         modules_to_save=source.get("modules_to_save"),
         trainable_token_indices=source.get("trainable_token_indices"),
         task_type=source.get("task_type"),

@@ -97,7 +97,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 def missing_modules(adapter: Adapter, base: Checkpoint) -> list[str]:
     """Tensors of an adapter beside its slices, such as a new head, that its base's files have no place for."""
     names = set(base.names())
-    return [key for key in adapter.others if _plain(key) not in names]
+    return [key for key in adapter.others if _home(key, adapter, base) not in names]
 
 
 def merge_files(adapter: Adapter, base: Checkpoint, target: Path) -> list[str]:
@@ -143,7 +143,7 @@ def merge_files(adapter: Adapter, base: Checkpoint, target: Path) -> list[str]:
             if place.dtype.itemsize < layer.dtype.itemsize:
                 rounded.add(str(place.dtype).removeprefix("torch."))
         for key, tensor in adapter.others.items():
-            place = _place(places, _plain(key), base)
+            place = _place(places, _home(key, adapter, base), base)
             if place.shape != tuple(tensor.shape):
                 raise AdapterFileError(
                     f"{base.folder}: {_plain(key)} has shape {place.shape}, the adapter's has {tuple(tensor.shape)}; "
@@ -168,9 +168,23 @@ def _place(places: dict[str, StoredTensor], key: str, base: Checkpoint) -> Store
     return places[key]
 
 
+def _home(key: str, adapter: Adapter, base: Checkpoint) -> str:
+    """Where the base's files keep a tensor that an adapter brings.
+
+    Biases are the base's own, so that a prefix before their names is let pass, as of sliced weights; a head is not.
+    """
+    plain = _plain(key)
+    if adapter.config.get("bias", "none") == "none" or not plain.endswith("bias") or plain in base.names():
+        return plain
+    try:
+        return base.key("", plain)
+    except AdapterFileError:  # of a new head
+        return plain
+
+
 def _plain(key: str) -> str:
     """The base model's own name of a tensor that an adapter brings."""
-    return key.removeprefix(_PREFIX)
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ..pace import MoveSettings
 from ..schedule import Schedule
 from ..tuner import ADAPTER_VERSION, share_visits
 from ..window import make_window
+from .biases import BIASES
 from .registration import NAME
 
 __all__ = ["SliceFineConfig"]
@@ -48,7 +49,6 @@ _WITHOUT = {
     "use_dora": _IN_PLACE,
     "alpha_pattern": _IN_PLACE,
     "fan_in_fan_out": "how a layer stores its weight is seen by itself. Leave it out.",
-    "bias": "biases stay as they are. Leave it out, or name modules in modules_to_save.",
 }
 
 
@@ -114,6 +114,8 @@ class SliceFineConfig(PeftConfig):
             (``"experts.down_proj"``): a row slice has the same output units of all experts.
         layers_to_transform, layers_pattern: restrict to layers by index, as in LoRA.
         rank_pattern: ``{name or regular expression: rank}`` for single layers.
+        bias: biases that are trained in full beside the slices: ``"none"``, ``"all"`` (of the whole model, norms
+            included), or ``"slicefine_only"`` (of the layers with slices). As in LoRA, one adapter of a model may.
         modules_to_save: modules that are trained and saved in full, such as a new head.
         trainable_token_indices: train single rows of the embedding, as in LoRA.
 
@@ -157,6 +159,7 @@ class SliceFineConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layer list."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank of single layers."})
+    bias: str = field(default="none", metadata={"help": "Biases to train in full: none, all or slicefine_only."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Embedding rows to train."}
@@ -210,6 +213,8 @@ class SliceFineConfig(PeftConfig):
             raise ConfigError("mode='random_mask' trains scattered entries in place; it cannot be additive.")
         if self.save_values not in ("master", "base"):
             raise ConfigError(f"save_values={self.save_values!r} is unknown; expected master or base.")
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias={self.bias!r} is unknown; expected one of {', '.join(BIASES)}.")
         self.checksums = None  # of a file, not of what is trained from it
         self.reserve = owned_slices(self.reserve)
         self.schedule()

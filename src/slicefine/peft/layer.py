@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,12 +63,25 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             self.apply_only(self.merged_adapters)
         else:
             self.apply_only([] if self.disable_adapters else self.active_adapters)
+        self.follow_biases()
+
+    def follow_biases(self) -> None:
+        """Biases that an adapter trains beside its slices are applied, and want gradients, as the slices do."""
+        asked = self.merged_adapters if self.merged else [] if self.disable_adapters else self.active_adapters
+        for name, state in self.states.items():
+            if state.biases is not None:
+                trains = not self.merged and self.slicefine_active[name].requires_grad
+                state.biases.follow(name in asked, name in asked and trains)
 
     # -- PEFT's switches ------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
         self._refresh()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.follow_biases()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -78,6 +92,9 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.states:
             self.apply_only([name for name in self.applied if name != adapter_name])
+            biases = self.states[adapter_name].biases
+            if biases is not None:
+                biases.follow(applied=False, trains=False)
         super().delete_adapter(adapter_name)
         self._refresh()
 
@@ -87,6 +104,8 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
         for name in names if safe_merge else ():
             self.settle(name)
             values = [v for _, v in self.states[name].journal.trained(self.dense())] + [self.block(name)]
+            biases = self.states[name].biases
+            values += [] if biases is None else biases.values().values()
             if not all(bool(v.isfinite().all()) for v in values):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
@@ -113,6 +132,9 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         # an active adapter that was not asked for leaves with the wrapper
         self.apply_only(self.merged_adapters if merge else [])
+        for name, state in self.states.items():
+            if state.biases is not None:
+                state.biases.follow(merge and name in self.merged_adapters, trains=False)
         self.lost = self.fold()
         self.unwrapped()
         if isinstance(self.base_layer, SliceFineLinear):
@@ -158,7 +180,9 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
             )
         if self.disable_adapters or (self.merged and self.packed is None):
             y = self.base_layer(*args, **kwargs)
-            return y if self.kind.layout == "hidden" else self._guarded(y, [])  # backward may come after a switch
+            if self.kind.layout == "hidden":
+                return y
+            return self._projection_guarded(self._guarded(y, []))  # backward may come after a switch
         return super().forward(*args, **kwargs)
 
     def __repr__(self) -> str:

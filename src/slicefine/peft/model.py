@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, NoMatchingPeftModuleError
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +30,7 @@ from ..targets import set_module, shared_names, warn_about_unknown
 from ..transfer import BESIDE, ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
 from ..tuner import warn_about_clamped, warn_about_lost
 from ..weights import TRAINABLE, is_linear, kind_of, lies_beside
+from .biases import bias_tensors, biases_of, check_one_has_biases, find_biases, hold_biases, refuse_biases
 from .callback import SliceFineCallback
 from .config import SliceFineConfig
 from .layer import ParamWrapper, SliceFineLinear
@@ -76,8 +78,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         self._structure = structure(model, config.whole_heads, config.coupled)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._inject(model, adapter_name, config, *args, **kwargs)
             self._reach_inside(model, adapter_name, config)
+            hold_biases(model, adapter_name, config.bias, warn=not config.inference_mode)
             self._check_reserve(model, adapter_name, config)
             made = [layer for _, layer in _sliced_layers(model, adapter_name)]
             plans = {(s := layer.states[adapter_name]).layer_name: (s.schedule, layer.shape) for layer in made}
@@ -93,15 +96,34 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         warn_about_clamped(self._clamped)
         warn_about_unknown(model, listed)
 
+    def _inject(self, model: nn.Module, adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, which may find nothing where all that is meant lies inside layers with adapters."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError:
+            if not list(self._inside(model, adapter_name, config)):
+                raise
+            targets = config.target_modules
+            try:
+                config.target_modules = DUMMY_TARGET_MODULES  # PEFT's word for: none of those that it looks at
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            finally:
+                config.target_modules = targets
+
     def _reach_inside(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
         """PEFT passes by what lies inside a layer with adapters: the output projection of packed attention."""
-        for name, layer in list(_sliced_layers(model)):
+        for key, attention in list(self._inside(model, adapter_name, config)):
+            self._create_and_replace(config, adapter_name, attention.out_proj, "out_proj", attention, key)
+
+    def _inside(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> Iterator[tuple[str, Any]]:
+        """Output projections that an adapter targets and has not yet, by name, with the attention that they are of."""
+        for name, layer in _sliced_layers(model):
             inside = getattr(layer.base_layer, "out_proj", None) if layer.kind.layout == "packed" else None
             key = f"{name.replace('.base_layer', '')}.out_proj"
             if inside is None or adapter_name in getattr(inside, "states", ()):
                 continue
             if self._check_target_module_exists(config, key):
-                self._create_and_replace(config, adapter_name, inside, "out_proj", layer.base_layer, key)
+                yield key, layer.base_layer
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         """As PEFT's; "all-linear" means layers, too, that are no nn.Linear: quantised ones, and packed attention."""
@@ -135,6 +157,14 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 f"reserve: none of its {len(config.reserve)} layers ({next(iter(config.reserve))}, ...) is trained "
                 f"here ({sorted(names)[0]}, ...). Train the same layers of the same model class, or leave it out."
             )
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        check_one_has_biases(self.peft_config)
+        super()._check_new_adapter_config(config)
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's, without its warning of biases: their originals are back, too."""
+        self._enable_adapter_layers(enabled=False)
 
     def _make_mover(self, model: nn.Module, adapter_name: str, config: SliceFineConfig) -> None:
         layers: dict[str, SliceLayer] = dict(_sliced_layers(model, adapter_name))
@@ -298,6 +328,7 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         schedules = [c.schedule() for c in configs]
         if len({(s.mode, s.row_rank, s.column_rank, s.mask_fraction) for s in schedules}) > 1:
             raise ConfigError("add_weighted_adapter: the adapters differ in mode or rank; combine equal ones.")
+        refuse_biases({name: self.peft_config[name] for name in adapters})
         wrappers = self._modules_to_save_of(adapters)
         saved = sorted({name for c in configs for name in c.modules_to_save or ()})
         # the parts' layers were visited at different times, so the sum stands under no window
@@ -382,9 +413,15 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}
             if not layer.states[adapter_name].deferred:
                 config.weights[name] = weight_facts(layer, adapter_name) | ({} if path == name else {"path": path})
-        slices = {key: tensor for key, tensor in result.items() if cls.prefix in key}
+        biases = bias_tensors(model, adapter_name, state_dict)
+        slices = {key: tensor for key, tensor in result.items() if cls.prefix in key} | biases
         refuse_not_finite(slices, f"save adapter {adapter_name!r}")
-        return result
+        return result | biases
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, *_: Any) -> dict[str, Tensor]:
+        """None of PEFT's choice by name: `bias_tensors` has them, also while the adapter is not applied."""
+        return {}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -421,6 +458,10 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
                 f"({len(unused)} tensors in all), which this model does not train. It was made for another base model "
                 "or other target_modules."
             )
+        biases = biases_of(model, adapter_name)
+        if biases is not None:
+            keys = find_biases(biases, model, renamed)
+            biases.load({name: renamed.pop(key) for name, key in keys.items()})
         return renamed
 
 

@@ -20,6 +20,7 @@ from peft.utils import register_peft_method
 from ..durable import replacing_files
 from ..files.adapter import CONFIG, WEIGHTS, check_sealed, mend, read_config, seal
 from ..layer import SliceLayer
+from .sharded_checkpoints import install_sharded_loading
 
 __all__ = ["NAME", "install_trainer_callback", "register"]
 
@@ -139,11 +140,15 @@ def _check_before_loading() -> None:
 
 
 def install_trainer_callback(callback: Any) -> None:
-    """Add ``callback`` to the defaults of transformers' ``Trainer``, so that it tells a run's length by itself."""
+    """Add ``callback`` to the defaults of transformers' ``Trainer``, so that it tells a run's length by itself.
+
+    And let it read its sharded checkpoints.
+    """
     try:
         import transformers.trainer as trainer
     except ImportError:  # the Trainer's requirements are not installed: nobody will ask
         return
+    install_sharded_loading(trainer)
     if callback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(callback)
     for module in [m for n, m in list(sys.modules.items()) if n.startswith(("trl.", "sentence_transformers."))]:
