@@ -70,8 +70,8 @@ class SliceLayer(SliceAdapters):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward; the gradient of the active slice is attached when one is wanted."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if x.is_nested and (self.kind.called or self.kind.layout == "embedding"):
+        x: Any = args[0] if args else next(iter(kwargs.values()), None)  # other kinds may take anything, or nothing
+        if getattr(x, "is_nested", False) and (self.kind.called or self.kind.layout == "embedding"):
             return map_nested(lambda flat: self.forward(flat), x, self.label)
         if not self.kind.called:
             return self._projection_guarded(self._forward_of_other_kinds(args, kwargs))

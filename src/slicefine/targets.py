@@ -64,7 +64,7 @@ def warn_about_unknown(model: nn.Module, targets: object) -> None:
         targets: as the user gave them; of a regular expression nothing can be said.
     """
     listed = sorted(targets) if isinstance(targets, (set, frozenset, list, tuple)) else []
-    names = [name for name, _ in model.named_modules()] if listed else []
+    names = [name.replace(".base_layer", "") for name, _ in model.named_modules()] if listed else []
     unknown = [target for target in listed if not any(matches(name, [target]) for name in names)]
     if unknown:
         known = {name.rpartition(".")[2] for name in names if name and not name.rpartition(".")[2].isdigit()}
