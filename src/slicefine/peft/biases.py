@@ -27,6 +27,7 @@ BIASES = ("none", "all", "slicefine_only")
 _NAMES = ("bias", "in_proj_bias")  # the second is packed attention's
 _PREFIX = "base_model.model."
 _INSIDE = ".base_layer"
+_FSDP1 = "_fsdp_wrapped_module."  # in modules' names, but not in a state dict's
 
 
 def hold_biases(model: nn.Module, adapter_name: str, bias: str, warn: bool = True) -> None:
@@ -103,7 +104,7 @@ def bias_tensors(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
     biases = biases_of(model, adapter_name)
     if biases is None:
         return {}
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name.replace(_FSDP1, "") for name, module in model.named_modules()}
     owners = {id(m._owner) for m in model.modules() if isinstance(m, SliceFineLinear) and adapter_name in m.states}
     values = biases.values()
     result = {}
