@@ -32,6 +32,7 @@ LADDER = [
     "functional",
     "journal",
     "delta",
+    "zero",
     "sharded",
     "state",
     "transfer",
@@ -62,10 +63,11 @@ ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no sc
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["coupling"] = {"errors", "geometry", "schedule", "weights", "window"}
-ALLOWED["optimizers"] = {"sharded"}
+ALLOWED["optimizers"] = {"sharded", "zero"}
 ALLOWED["targets"] = {"errors", "layer", "quantised", "weights"}
 ALLOWED["pace"] = {"errors", "schedule", "state", "window"}
-ALLOWED["sharded"] = {"errors", "geometry"}
+ALLOWED["sharded"] = {"errors", "geometry", "zero"}
+ALLOWED["zero"] = {"errors"}
 ALLOWED["state"] = {"errors", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
