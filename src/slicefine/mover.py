@@ -28,7 +28,7 @@ from .schedule import Moves
 from .sharded import is_sharded, whole
 from .state import AdapterState
 from .window import places
-from .zero import ZeroOptimizer, is_partitioned, master, refuse_unseen, register_zero_step_hooks
+from .zero import ZeroOptimizer, is_partitioned, master, refuse_stage_3, refuse_unseen, register_zero_step_hooks
 
 __all__ = ["Mover", "movers_of"]
 
@@ -139,6 +139,8 @@ class Mover:
             start: `step` when the run began, if it is known; steps that ``GradScaler`` skipped are in ``done`` and
                 not in `step`, and a resumed run must count as the uninterrupted one does.
         """
+        for layer in self._with_adapter():  # stage 3 leaves nothing to be looked at
+            refuse_stage_3(layer.base_weight, layer.label)
         self.run_start = self.step - done if start is None else start
         if total_steps is not None and total_steps <= 0:
             total_steps = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 from .geometry import Slice, entry_indices, line_length
-from .zero import is_partitioned, watch
+from .zero import is_partitioned, refuse_stage_3, watch
 
 __all__ = [
     "ShardedMatrix",
@@ -173,12 +173,7 @@ def refuse_engine(weight: Any, parameter: Any, layer: Any) -> None:
     for tensor in (weight, parameter):
         if type(tensor) is nn.Parameter and not tensor.__dict__:  # every forward of every layer comes here
             continue
-        if hasattr(tensor, "ds_id"):
-            raise UnsupportedError(
-                f"{layer.label}: DeepSpeed's ZeRO stage 3 spreads the weights over processes as flat pieces, and slices "
-                "are written into weights as rows and columns. Use ZeRO stage 2, or FSDP2 to shard: "
-                "fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
-            )
+        refuse_stage_3(tensor, layer.label)
         if is_partitioned(tensor):
             if tensor is weight:
                 raise UnsupportedError(

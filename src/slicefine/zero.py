@@ -24,6 +24,7 @@ __all__ = [
     "is_partitioned",
     "master",
     "put_master",
+    "refuse_stage_3",
     "refuse_unseen",
     "register_zero_step_hooks",
     "watch",
@@ -133,6 +134,17 @@ class ZeroOptimizer:
                     'None)), set state_policy="keep", or use FSDP2.'
                 )
         return True
+
+
+def refuse_stage_3(tensor: Tensor | None, label: str) -> None:
+    """Raise `UnsupportedError` for a parameter that stage 3 spreads over processes."""
+    if hasattr(tensor, "ds_id"):
+        raise UnsupportedError(
+            f"{label}: DeepSpeed's ZeRO stage 3 spreads the weights over processes as flat pieces, and slices are "
+            "written into weights as rows and columns. Use ZeRO stage 2, which keeps the frozen weights whole and "
+            "shards what slices add, or FSDP2 to shard the weights: fully_shard(model), or fsdp_version: 2 in "
+            "accelerate's configuration."
+        )
 
 
 def is_partitioned(tensor: Tensor) -> bool:
