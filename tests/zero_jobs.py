@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from distributed_jobs import Found, Rows, share
 from peft_helpers import llama
@@ -47,11 +47,11 @@ def run(
     slices: Found | None = None,
     model: Any = None,
     spoil: int | None = None,
+    own_groups: bool = False,
     **settings: Any,
 ) -> Found:
     """PEFT and `Trainer`, nine steps of eight rows in two micro-batches, gradients clipped."""
     from peft import get_peft_model
-    from transformers import Trainer, TrainingArguments
 
     config = SliceFineConfig(
         **{
@@ -86,7 +86,8 @@ def run(
     with contextlib.nullcontext() if zero is None else pretend():
         if zero is not None:
             arguments |= {"deepspeed": zero, "use_cpu": False}
-        trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=Rows(), callbacks=list(callbacks))
+        kind = _OwnGroups if own_groups else Trainer
+        trainer = kind(model, TrainingArguments(**arguments), train_dataset=Rows(), callbacks=list(callbacks))
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
         assert zero is None or type(trainer.model_wrapped.optimizer).__name__ == "DeepSpeedZeroOptimizer"
         trainer.save_model(str(folder / "end"))
@@ -106,6 +107,15 @@ def facts(model: Any) -> Found:
         found["originals"] = {name: layer.base_weight.detach().clone() for name, layer in layers}
     return found
 
+
+class _OwnGroups(Trainer):
+    """A group for slices, and one for what is trained beside them."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.AdamW:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        groups = [[p for name, p in trained.items() if ("slicefine_" in name) == ours] for ours in (True, False)]
+        self.optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=0.02, weight_decay=0.1)
+        return self.optimizer
 
 
 @contextlib.contextmanager
@@ -204,6 +214,14 @@ def zero2_variants(rank: int, folder: Path) -> Found:
     }
 
 
+HEAD: Found = {"slices": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]}}
+
+
+def zero2_head(rank: int, folder: Path) -> Found:
+    """A head in a parameter group of its own."""
+    return run(folder / "zero2-head", 2, "alternate", zero_config(2), own_groups=True, **HEAD)
+
+
 SGD: Found = {"optim": "sgd", "learning_rate": 2.0}  # Adam would amplify rounding
 
 
@@ -258,7 +276,8 @@ def zero2_accelerate(rank: int, folder: Path) -> Found:
     """A loop of one's own with accelerate."""
     from accelerate import Accelerator, DeepSpeedPlugin
 
-    plugin = DeepSpeedPlugin(hf_ds_config=zero_config(2) | {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5})
+    sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5}
+    plugin = DeepSpeedPlugin(hf_ds_config=zero_config(2) | sizes)
     with pretend():
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         return loop(Accelerator(deepspeed_plugin=plugin), rank, 2)
@@ -293,7 +312,7 @@ def zero_refused(rank: int, folder: Path) -> Found:
             "model": llama().bfloat16(),
             "bf16": True,
         },
-        "head": {"slices": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]}},
+        "head": dict(HEAD),
     }
     found: Found = {}
     for name, settings in cases.items():

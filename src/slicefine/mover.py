@@ -477,8 +477,8 @@ class Mover:
             return
         if self.settings.window is not None:
             raise UnsupportedError(
-                "window= does not work under DeepSpeed's ZeRO, whose optimizer steps (and decays) all slices at a time, "
-                "those outside the window, too. Train all layers at once, or use FSDP2."
+                "window= does not work under DeepSpeed's ZeRO, whose optimizer steps (and decays) all slices at a "
+                "time, those outside the window, too. Train all layers at once, or use FSDP2."
             )
 
     def _padded(self, layer: SliceLayer) -> bool:

@@ -177,8 +177,8 @@ def refuse_engine(weight: Any, parameter: Any, layer: Any) -> None:
         if is_partitioned(tensor):
             if tensor is weight:
                 raise UnsupportedError(
-                    f"{layer.label}: DeepSpeed's optimizer holds the weight, which slices freeze. Make the slices first "
-                    "(attach, get_peft_model), then the optimizer and the engine."
+                    f"{layer.label}: DeepSpeed's optimizer holds the weight, which slices freeze. Make the slices "
+                    "first (attach, get_peft_model), then the optimizer and the engine."
                 )
             watch()
             continue

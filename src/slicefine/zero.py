@@ -130,8 +130,9 @@ class ZeroOptimizer:
                 raise UnsupportedError(
                     f"ZeRO keeps one step count per parameter group, and a group of {inner} holds {sum(own)} slices "
                     f"and {len(own) - sum(own)} other parameters (modules_to_save, a head), so a move could not start "
-                    "the slices' state anew. Give the slices a group of their own (Trainer: optimizers=(optimizer, "
-                    'None)), set state_policy="keep", or use FSDP2.'
+                    "the slices' state anew. Give the slices a group of their own (with Trainer: override its "
+                    'create_optimizer, since it ignores optimizers= under DeepSpeed), set state_policy="keep", or use '
+                    "FSDP2."
                 )
         return True
 
