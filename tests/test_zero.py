@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from types import MethodType, ModuleType, SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 JOBS = [zero.zero2, zero.zero2_resumed, zero.zero1, zero.zero2_variants, zero.zero2_bf16, zero.zero2_skips]
-JOBS += [zero.zero2_head, zero.zero2_accelerate, zero.zero_refused]
+JOBS += [zero.zero2_offload, zero.zero2_head, zero.zero2_accelerate, zero.zero_refused]
 
 
 # -- real processes -----------------------------------------------------------------------------------------------
@@ -177,6 +178,14 @@ def test_a_head_in_a_group_of_its_own(found, folder):
 
 
 @needs_deepspeed
+def test_masters_in_the_memory_of_the_cpu(found, alone):
+    for result in of(found, "zero2_offload"):
+        assert result["odd"] == []
+        same_run(result["whole"], alone["alternate"])
+        same_run(result["again"], result["whole"], atol=0, rtol=0)
+
+
+@needs_deepspeed
 def test_a_loop_with_accelerate(found):
     from accelerate import Accelerator
 
@@ -190,7 +199,6 @@ def test_a_loop_with_accelerate(found):
     ("name", "message"),
     {
         "stage 3": r"ZeRO stage 3 .* Use ZeRO stage 2",
-        "offload": "offload_optimizer.* leave offload_optimizer out",
         "window": r"window= .* Train all layers at once, or use FSDP2",
         "adafactor": "Adafactor under ZeRO.* Use AdamW, or FSDP2",
         "accumulation in fp32": "BF16_Optimizer.*leave data_types out",
@@ -235,6 +243,12 @@ class StandIn:
         self.optimizer.step()
         for p, values in zip(group, torch.split(flat.detach(), [p.numel() for p in group]), strict=True):
             p.data.copy_(values.view_as(p))
+
+
+class Foreign:
+    """An optimizer that is not PyTorch's."""
+
+    param_groups: ClassVar = [{"params": [], "lr": 0.1}]
 
 
 @pytest.fixture
@@ -315,7 +329,7 @@ def test_steps_of_dynamic_loss_scaling_are_no_event(engine, recwarn):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cpu_offload": True}, "offload_optimizer"),
+        ({"cpu_offload": True, "optimizer": Foreign()}, "Foreign under DeepSpeed's offload_optimizer"),
         ({"zenflow": True}, "zenflow"),
         ({"torch_autocast_gradscaler": 1}, "torch_autocast in float16"),
     ],
@@ -347,7 +361,7 @@ def test_an_engine_of_another_model_is_no_concern(engine):
     train(model, optimizer, steps=1)
     other = nn.Linear(6, 5)
     stranger = engine(list(other.parameters()))
-    stranger.cpu_offload = True
+    stranger.zenflow = True
     train(other, stranger, steps=3)
     assert tuner.mover.step == 1
 

@@ -214,6 +214,15 @@ def zero2_variants(rank: int, folder: Path) -> Found:
     }
 
 
+def zero2_offload(rank: int, folder: Path) -> Found:
+    """Masters and optimizer state in the CPU's memory, stepped by torch's AdamW; and resumed."""
+    look, zero = Look(), zero_config(2, offload_optimizer={"device": "cpu"})
+    whole = run(folder / "zero2-offload", 2, "alternate", zero, callbacks=[look])
+    checkpoint = folder / "zero2-offload" / f"checkpoint-{SAVED}"
+    again = run(folder / "zero2-offload-again", 2, "alternate", zero, resume_from=checkpoint)
+    return {"whole": whole, "again": again, "odd": look.odd}
+
+
 HEAD: Found = {"slices": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "v_proj"]}}
 
 
@@ -304,7 +313,6 @@ def zero_refused(rank: int, folder: Path) -> Found:
     """What stays refused, by name."""
     cases: dict[str, Found] = {
         "stage 3": {"zero": zero_config(3)},
-        "offload": {"zero": zero_config(2, offload_optimizer={"device": "cpu"})},
         "window": {"slices": {"window": 1}},
         "adafactor": {"optim": "adafactor"},
         "accumulation in fp32": {

@@ -35,6 +35,7 @@ WATCHED = {
     "deepspeed.runtime.bf16_optimizer": "BF16_Optimizer",
 }
 FLAT = ("Adafactor",)  # whole-tensor statistics would be those of all slices in one
+TORCHS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 INSTEAD = "Use FSDP2 instead: fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
 
 _hooks: list[tuple[Callable[[ZeroOptimizer], Any], Callable[[ZeroOptimizer], Any]]] = []
@@ -114,12 +115,13 @@ class ZeroOptimizer:
                 "SliceFine does not work with DeepSpeed's zenflow, nor with its torch_autocast in float16: they step "
                 "parameters at times that nobody else learns of. Leave them out, or use bf16."
             )
-        if getattr(self._own, "cpu_offload", False):
-            raise UnsupportedError(
-                "SliceFine does not work with DeepSpeed's offload_optimizer: a move would have to reset state that "
-                "lies elsewhere. Slices have little of it; leave offload_optimizer out."
-            )
         inner = type(self.inner).__name__
+        if getattr(self._own, "cpu_offload", False) and not isinstance(self.inner, TORCHS):
+            raise UnsupportedError(
+                f"SliceFine does not work with {inner} under DeepSpeed's offload_optimizer: whether a move starts its "
+                'state anew is not tested. Set "zero_force_ds_cpu_optimizer": false with an optimizer of PyTorch, or '
+                "leave offload_optimizer out: slices have little state."
+            )
         if inner in FLAT:
             raise UnsupportedError(
                 f"SliceFine does not work with {inner} under ZeRO, which makes one flat parameter of all slices, and "
