@@ -23,7 +23,7 @@ import zero_jobs as zero
 from core_helpers import mlp
 from peft_helpers import THIRD_PARTY, llama
 from slicefine import attach
-from slicefine.errors import NumericalError, UnsupportedError
+from slicefine.errors import NumericalError, OptimizerError, UnsupportedError
 
 pytestmark = THIRD_PARTY
 needs_deepspeed = pytest.mark.skipif(
@@ -392,6 +392,21 @@ def test_bfloat16_masters_keep_what_their_parameters_round(engine):
     assert kept[0] == 3.0
     assert torch.equal(kept[1:], before[1:])
     assert optimizer.overflow is False
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_flat_copies_without_marks_are_named_where_deepspeed_is_loaded(loaded, monkeypatch):
+    """As at stage 0 in bf16: nothing on the parameters says that the optimizer holds copies."""
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    if loaded:
+        monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
+    model, tuner = tuned()
+    copies = torch.optim.SGD([nn.Parameter(p.detach().clone()) for p in tuner.parameters()], lr=0.1)
+    with pytest.raises(OptimizerError) as caught:
+        for _ in range(4):
+            model(torch.randn(2, 6)).sum().backward()
+            copies.step()
+    assert ("use ZeRO stage 2, or fp32" in str(caught.value)) == loaded
 
 
 def test_stage_3_is_refused_before_and_after_slices_are_made():

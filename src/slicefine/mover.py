@@ -28,7 +28,15 @@ from .schedule import Moves
 from .sharded import is_sharded, whole
 from .state import AdapterState
 from .window import places
-from .zero import ZeroOptimizer, is_partitioned, master, refuse_stage_3, refuse_unseen, register_zero_step_hooks
+from .zero import (
+    ZeroOptimizer,
+    is_partitioned,
+    master,
+    refuse_stage_3,
+    refuse_unseen,
+    register_zero_step_hooks,
+    why_foreign,
+)
 
 __all__ = ["Mover", "movers_of"]
 
@@ -507,7 +515,7 @@ class Mover:
             raise OptimizerError(
                 f"adapter {self.name!r}: gradients arrive, but {self.foreign_steps} optimizer steps went by and no "
                 "optimizer holds the slices' parameters. Build the optimizer after get_peft_model (or attach), from "
-                "the parameters that require gradients."
+                f"the parameters that require gradients.{why_foreign()}"
             )
 
     def _plan_without_length(self) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "refuse_unseen",
     "register_zero_step_hooks",
     "watch",
+    "why_foreign",
 ]
 
 WATCHED = {
@@ -148,6 +149,13 @@ def refuse_stage_3(tensor: Tensor | None, label: str) -> None:
             "shards what slices add, or FSDP2 to shard the weights: fully_shard(model), or fsdp_version: 2 in "
             "accelerate's configuration."
         )
+
+
+def why_foreign() -> str:
+    """What to say beside that no optimizer holds the slices: at stage 0 DeepSpeed leaves no marks on parameters."""
+    if "deepspeed" not in sys.modules:
+        return ""
+    return " DeepSpeed's stage 0 in bf16 or fp16 gives the optimizer flat copies of them: use ZeRO stage 2, or fp32."
 
 
 def is_partitioned(tensor: Tensor) -> bool:
