@@ -32,6 +32,7 @@ LADDER = [
     "functional",
     "journal",
     "delta",
+    "zero",
     "sharded",
     "biases",
     "state",
@@ -65,10 +66,11 @@ ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no sc
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
 ALLOWED["coupling"] = {"errors", "geometry", "schedule", "weights", "window"}
-ALLOWED["optimizers"] = {"sharded"}
+ALLOWED["optimizers"] = {"sharded", "zero"}
 ALLOWED["targets"] = {"errors", "layer", "quantised", "weights"}
 ALLOWED["pace"] = {"errors", "schedule", "state", "window"}
-ALLOWED["sharded"] = {"errors", "geometry"}
+ALLOWED["sharded"] = {"errors", "geometry", "zero"}
+ALLOWED["zero"] = {"errors"}
 ALLOWED["biases"] = {"errors", "sharded"}
 ALLOWED["state"] = {"errors", "biases", "geometry", "window", "schedule", "functional", "journal"}
 ALLOWED["transfer"] -= {"window"}

@@ -24,7 +24,6 @@ import distributed_jobs as jobs
 import sharded_jobs as sharded
 from core_helpers import batches, lines_of, step
 from peft_helpers import THIRD_PARTY
-from slicefine.errors import UnsupportedError
 from slicefine.journal import read_table
 from slicefine.schedule import Schedule
 from slicefine.training.gpus import loads, shape_of
@@ -386,14 +385,6 @@ def test_two_stages_of_a_pipeline_are_one_model(found):
     expected = jobs.facts(tuner)
     first, second = of(found, "pipeline")
     same_trajectory({key: first[key] + second[key] for key in first}, expected)
-
-
-@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])
-def test_zero_is_refused_where_its_marks_are_seen(mark):
-    model, tuner = jobs.tune("row")
-    setattr(tuner.parameters()[0], mark, 1)
-    with pytest.raises(UnsupportedError, match=r"0: DeepSpeed's ZeRO .* Use ZeRO stage 0, or FSDP2"):
-        model(batches(1)[0][0])
 
 
 def test_a_step_that_only_creates_state_is_none():

@@ -15,6 +15,7 @@ from .quantised import Requantised, format_of, place_of, prepare, release, requa
 from .sharded import ShardedMatrix, is_sharded, is_whole, put_whole, sharded_parameter, whole
 from .state import AdapterState, Frozen
 from .weights import TRAINABLE, Stack, kind_of, lies_beside, value_dtype
+from .zero import is_partitioned, put_master, refuse_stage_3
 
 __all__ = ["HeldWeight"]
 
@@ -32,6 +33,8 @@ class HeldWeight(nn.Module):
         innermost: nn.Module = base_layer
         while isinstance(innermost, HeldWeight):  # another of the layer's parameters has slices
             innermost = innermost.base_layer
+        for name, found in innermost.named_parameters(recurse=False):
+            refuse_stage_3(found, f"{type(innermost).__name__}.{name}")
         kind = kind_of(innermost, parameter_name)
         additive = kind is not None and lies_beside(innermost, additive, type(innermost).__name__)
         if kind is None or (additive and not kind.called):
@@ -118,8 +121,12 @@ class HeldWeight(nn.Module):
         parameter, shown = self.parameter(name), self.slicefine_active[name]
         if is_sharded(parameter):
             put_whole(parameter, shown, values)
-        elif values.data_ptr() != parameter.data_ptr():
+            return
+        apart = values.data_ptr() != parameter.data_ptr()
+        if apart:
             parameter.data.copy_(values)
+        if is_partitioned(parameter):
+            put_master(parameter, values if apart else None)
 
     @property
     def transposed(self) -> bool:

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,12 +22,21 @@ from .errors import ConfigError, NumericalError, OptimizerError, UnsupportedErro
 from .geometry import Slice
 from .guards import all_finite, check_frozen, not_finite, remember
 from .layer import SliceLayer
-from .optimizers import FACTORED, REFUSED, creates_state, reset_optimizer_state
+from .optimizers import FACTORED, REFUSED, creates_state, reset_optimizer_state, reset_optimizer_states
 from .pace import FALLBACK_INTERVAL, MoveSettings, warn_about_plan
 from .schedule import Moves
 from .sharded import is_sharded, whole
 from .state import AdapterState
 from .window import places
+from .zero import (
+    ZeroOptimizer,
+    is_partitioned,
+    master,
+    refuse_stage_3,
+    refuse_unseen,
+    register_zero_step_hooks,
+    why_foreign,
+)
 
 __all__ = ["Mover", "movers_of"]
 
@@ -35,6 +44,7 @@ SKIPS_IN_A_ROW = 20  # steps left out one after the other, before training is gi
 FOREIGN_STEPS = 3  # steps of other optimizers, with gradients waiting for ours, before this is called a mistake
 
 _MOVERS: weakref.WeakSet[Mover] = weakref.WeakSet()
+AnyOptimizer: TypeAlias = Optimizer | ZeroOptimizer
 
 
 class _Entry(NamedTuple):
@@ -75,9 +85,9 @@ class Mover:
     _checked: int = 0
     _skips: int = 0  # in a row
     _drops: bool = False
-    _owners: weakref.WeakSet[Optimizer] = field(default_factory=weakref.WeakSet, repr=False)
+    _owners: weakref.WeakSet[AnyOptimizer] = field(default_factory=weakref.WeakSet, repr=False)
     _seen: tuple[Tensor, int] | None = field(default=None, repr=False)  # gradient at the last foreign step
-    _pace: weakref.ref[Optimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
+    _pace: weakref.ref[AnyOptimizer] | None = field(default=None, repr=False)  # the last optimizer of a round of steps
 
     def __post_init__(self) -> None:
         window = self.settings.window
@@ -137,6 +147,8 @@ class Mover:
             start: `step` when the run began, if it is known; steps that ``GradScaler`` skipped are in ``done`` and
                 not in `step`, and a resumed run must count as the uninterrupted one does.
         """
+        for layer in self._with_adapter():  # stage 3 leaves nothing to be looked at
+            refuse_stage_3(layer.base_weight, layer.label)
         self.run_start = self.step - done if start is None else start
         if total_steps is not None and total_steps <= 0:
             total_steps = None
@@ -210,7 +222,9 @@ class Mover:
 
     # -- the hooks ------------------------------------------------------------------------------------------------
 
-    def before_step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Callable[[], Any] | None:
+    def before_step(
+        self, optimizer: AnyOptimizer, closure: Callable[[], Any] | None = None
+    ) -> Callable[[], Any] | None:
         """Before the first step of ``optimizer`` note what is frozen; before each, see to gradients to be skipped.
 
         Args:
@@ -220,7 +234,9 @@ class Mover:
         Returns:
             The closure to call instead.
         """
-        skips = self.settings.on_nonfinite == "skip"
+        skips = self.settings.on_nonfinite == "skip" and not isinstance(optimizer, ZeroOptimizer)  # which skips itself
+        if isinstance(optimizer, ZeroOptimizer) and optimizer not in self._owners:
+            self._refuse_zero(optimizer)
         if self.watching and not skips:
             return closure
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -256,6 +272,9 @@ class Mover:
             return
         for parameter in parameters:
             parameter.grad = None
+        self._note_skipped()
+
+    def _note_skipped(self) -> None:
         self.skipped += 1
         if self._skips >= SKIPS_IN_A_ROW:
             raise NumericalError(
@@ -270,7 +289,7 @@ class Mover:
             stacklevel=5,
         )
 
-    def after_step(self, optimizer: Optimizer) -> None:
+    def after_step(self, optimizer: AnyOptimizer) -> None:
         """React to one step of ``optimizer``; steps of optimizers that own none of our slices are not ours."""
         training = self._training()
         if not training:
@@ -278,7 +297,7 @@ class Mover:
         owned_ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         owned = [entry for entry in training if id(entry.parameter) in owned_ids]
         if not owned:
-            self._note_foreign_step(next((e.parameter for e in training if not e.state.idle), training[0].parameter))
+            self._note_foreign_step(optimizer, next((e for e in training if not e.state.idle), training[0]).parameter)
             return
         self.foreign_steps, self.stepped = 0, True
         if torch._C._current_graph_task_id() != -1:
@@ -288,6 +307,9 @@ class Mover:
             )
         first = optimizer not in self._owners or all(not _steps(entry.state) for entry in owned)
         new_round = self._sets_pace(optimizer, owned)
+        if isinstance(optimizer, ZeroOptimizer):
+            self._after_zero(optimizer, owned, new_round)
+            return
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0.0:  # a fused step that GradScaler skipped
             for entry in owned if first else ():  # the fused SGD then leaves a momentum of unwritten memory
@@ -300,7 +322,19 @@ class Mover:
         if new_round:
             self._count_step()
 
-    def _sets_pace(self, optimizer: Optimizer, owned: list[_Entry]) -> bool:
+    def _after_zero(self, optimizer: ZeroOptimizer, owned: list[_Entry], new_round: bool) -> None:
+        """As `after_step`; DeepSpeed leaves steps out by itself where gradients are not finite."""
+        if optimizer.left_out:
+            if not optimizer.scales_loss:
+                self._skips += 1
+                self._note_skipped()
+            return
+        self._skips = 0
+        self._write_back(owned)
+        if new_round:
+            self._count_step()
+
+    def _sets_pace(self, optimizer: AnyOptimizer, owned: list[_Entry]) -> bool:
         """Whether this optimizer's step completes a step of the run.
 
         With several optimizers the last of a round does: a move before it would hand the old slice's gradient to the
@@ -333,7 +367,11 @@ class Mover:
         whole_values = whole([entry.parameter for entry in entries])
         targets: list[Tensor] = []
         values: list[Tensor] = []
+        partitioned = bool(entries) and is_partitioned(entries[0].parameter)
         for entry, own in zip(entries, whole_values, strict=True):
+            if partitioned and self._alters(entry):
+                self._write_back_master(entry)
+                continue
             self._rewarm(entry, own)
             if self.settings.state_policy == "keep":  # moments of a row block would move the padding of a column block
                 entry.layer.clear_padding(self.name, own)
@@ -350,20 +388,37 @@ class Mover:
         for entry in entries:
             entry.state.mark_synced(entry.parameter)
 
+    def _alters(self, entry: _Entry) -> bool:
+        """Whether what an optimizer's step made of a parameter is changed before it comes into the weight."""
+        pads = self.settings.state_policy == "keep" and self._padded(entry.layer)
+        return pads or bool(entry.state.crossings) or self._ramps(entry.state)
+
+    def _write_back_master(self, entry: _Entry) -> None:
+        """As `_write_back` for one entry whose master in fp32 lies in parts in several processes."""
+        values = master(entry.parameter)
+        self._rewarm(entry, values)
+        if self.settings.state_policy == "keep":
+            entry.layer.clear_padding(self.name, values)
+        entry.layer.take(self.name, values)
+
+    def _ramps(self, state: AdapterState) -> bool:
+        rewarms = self.settings.state_policy == "rewarm" and len(state.journal.visits) > 1
+        return rewarms and _steps(state) + 1 < self.settings.rewarm_steps
+
     def _rewarm(self, entry: _Entry, values: Tensor) -> None:
         """Scale the updates of the first steps after a move, whatever the optimizer and its group's rate."""
         if self.settings.state_policy != "rewarm":
             return
         state = entry.state
-        done = _steps(state) + 1  # this step included
-        if len(state.journal.visits) > 1 and done < self.settings.rewarm_steps:
+        if self._ramps(state):
+            done = _steps(state) + 1  # this step included
             before = state.previous if state.previous is not None else entry.layer.weight_block(self.name)
-            values.copy_(torch.lerp(before, values, done / self.settings.rewarm_steps))
+            values.copy_(torch.lerp(before.to(values), values, done / self.settings.rewarm_steps))
             state.previous = values.clone()
         else:
             state.previous = None
 
-    def _move(self, to: Mapping[str, Slice], optimizers: list[Optimizer]) -> None:
+    def _move(self, to: Mapping[str, Slice], optimizers: list[AnyOptimizer]) -> None:
         layers = self._own()
         unknown = sorted(to.keys() - layers.keys())
         if unknown:
@@ -383,12 +438,12 @@ class Mover:
             layer.move(self.name, blocks[name], step)
         self._reset(optimizers)
 
-    def _reset(self, optimizers: list[Optimizer]) -> None:
+    def _reset(self, optimizers: list[AnyOptimizer]) -> None:
         if self.settings.state_policy == "keep":
             return
+        parameters = [layer.parameter(self.name) for layer in self._with_adapter()]
         for optimizer in optimizers:
-            for layer in self._with_adapter():
-                reset_optimizer_state(optimizer, layer.parameter(self.name))
+            reset_optimizer_states(optimizer, parameters)
 
     # -- guards ---------------------------------------------------------------------------------------------------
 
@@ -415,8 +470,8 @@ class Mover:
             )
         self._checked = self.step
 
-    def _refuse(self, optimizer: Optimizer) -> None:
-        name = type(optimizer).__name__
+    def _refuse(self, optimizer: AnyOptimizer) -> None:
+        name = type(optimizer.inner if isinstance(optimizer, ZeroOptimizer) else optimizer).__name__
         reason = REFUSED.get(name)
         if reason is not None:
             raise UnsupportedError(f"SliceFine does not work with {name}: {reason}. Use AdamW, SGD or Adafactor.")
@@ -427,13 +482,28 @@ class Mover:
                 f"such as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
             )
 
+    def _refuse_zero(self, optimizer: ZeroOptimizer) -> None:
+        """Raise `UnsupportedError` for what ZeRO would train otherwise than one process."""
+        slices = [entry.parameter for entry in self._training()]
+        if not optimizer.check(slices, self.settings.state_policy != "keep"):
+            return
+        if self.settings.window is not None:
+            raise UnsupportedError(
+                "window= does not work under DeepSpeed's ZeRO, whose optimizer steps (and decays) all slices at a "
+                "time, those outside the window, too. Train all layers at once, or use FSDP2."
+            )
+
     def _padded(self, layer: SliceLayer) -> bool:
         schedule = layer.states[self.name].schedule
         rows, columns = layer.shape
         return schedule.mode == "alternate" and (rows != columns or schedule.row_rank != schedule.column_rank)
 
-    def _note_foreign_step(self, parameter: Tensor) -> None:
+    def _note_foreign_step(self, optimizer: AnyOptimizer, parameter: Tensor) -> None:
         """An optimizer that owns no slice stepped: a mistake if gradients wait and no other optimizer comes."""
+        if is_partitioned(parameter):
+            if isinstance(optimizer, Optimizer):  # the one inside, most likely
+                refuse_unseen(optimizer, parameter)
+            return
         gradient = parameter.grad
         if self.stepped or gradient is None:
             return
@@ -449,7 +519,7 @@ class Mover:
             raise OptimizerError(
                 f"adapter {self.name!r}: gradients arrive, but {self.foreign_steps} optimizer steps went by and no "
                 "optimizer holds the slices' parameters. Build the optimizer after get_peft_model (or attach), from "
-                "the parameters that require gradients."
+                f"the parameters that require gradients.{why_foreign()}"
             )
 
     def _plan_without_length(self) -> None:
@@ -531,6 +601,16 @@ def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tupl
     return ((*head, closure, *rest[1:]), kwargs) if rest else (args, {**kwargs, "closure": closure})
 
 
+def _before_zero_step(optimizer: ZeroOptimizer) -> None:
+    for mover in list(_MOVERS):
+        mover.before_step(optimizer)
+
+
+def _after_zero_step(optimizer: ZeroOptimizer) -> None:
+    for mover in list(_MOVERS):
+        mover.after_step(optimizer)
+
+
 def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for mover in list(_MOVERS):
         mover.after_step(optimizer)
@@ -538,3 +618,4 @@ def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_after_optimizer_step)
+register_zero_step_hooks(_before_zero_step, _after_zero_step)

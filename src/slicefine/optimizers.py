@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from .sharded import is_sharded, whole
+from .zero import ZeroOptimizer
 
-__all__ = ["FACTORED", "REFUSED", "creates_state", "reset_optimizer_state"]
+__all__ = ["FACTORED", "REFUSED", "creates_state", "reset_optimizer_state", "reset_optimizer_states"]
 
 # optimizer state that starts at zero: zeroing it in place equals a fresh state and keeps captured graphs valid
 ZERO_STATE = frozenset(
@@ -35,6 +38,20 @@ REFUSED = {
     "SparseAdam": "it needs sparse gradients",
     "Muon": "it orthogonalises whole matrices, which a slice of a matrix is not",
 }
+
+
+def reset_optimizer_states(optimizer: Optimizer | ZeroOptimizer, parameters: Iterable[Tensor]) -> None:
+    """Give parameters the optimizer state of new ones; under ZeRO this process's part of the groups that hold them."""
+    if not isinstance(optimizer, ZeroOptimizer):
+        for parameter in parameters:
+            reset_optimizer_state(optimizer, parameter)
+        return
+    state = optimizer.inner.state
+    for flat in optimizer.partitions(parameters):
+        had = flat in state
+        reset_optimizer_state(optimizer.inner, flat)
+        if had and flat not in state:
+            optimizer.forget_links()
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameter: Tensor) -> None:

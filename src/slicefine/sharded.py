@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 from .geometry import Slice, entry_indices, line_length
+from .zero import is_partitioned, refuse_stage_3, watch
 
 __all__ = [
     "ShardedMatrix",
@@ -168,16 +169,19 @@ def put_whole(parameter: Tensor, shown: Tensor, values: Tensor) -> None:
 
 
 def refuse_engine(weight: Any, parameter: Any, layer: Any) -> None:
-    """Raise `UnsupportedError` inside a forward of an engine that takes a layer's parameters apart."""
+    """Raise `UnsupportedError` inside a forward of an engine that takes a layer's parameters apart; watch ZeRO's."""
     for tensor in (weight, parameter):
         if type(tensor) is nn.Parameter and not tensor.__dict__:  # every forward of every layer comes here
             continue
-        if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):
-            raise UnsupportedError(
-                f"{layer.label}: DeepSpeed's ZeRO steps flat copies of the parameters, so what it trains would never "
-                "reach the weights, and slices would never move. Use ZeRO stage 0, or FSDP2 to shard: "
-                "fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
-            )
+        refuse_stage_3(tensor, layer.label)
+        if is_partitioned(tensor):
+            if tensor is weight:
+                raise UnsupportedError(
+                    f"{layer.label}: DeepSpeed's optimizer holds the weight, which slices freeze. Make the slices "
+                    "first (attach, get_peft_model), then the optimizer and the engine."
+                )
+            watch()
+            continue
         if getattr(tensor, "_fsdp_flattened", False) or not isinstance(tensor, nn.Parameter):
             raise UnsupportedError(
                 f"{layer.label}: FSDP1 flattens the parameters of several layers into one, so there are no rows and "
