@@ -487,6 +487,11 @@ class Mover:
         slices = [entry.parameter for entry in self._training()]
         if not optimizer.check(slices, self.settings.state_policy != "keep"):
             return
+        if any(state.biases is not None for _, state in self._pairs()):
+            raise UnsupportedError(
+                "Biases beside slices are not tested under DeepSpeed's ZeRO, which keeps masters of them. Leave the "
+                "biases out, or use FSDP2."
+            )
         if self.settings.window is not None:
             raise UnsupportedError(
                 "window= does not work under DeepSpeed's ZeRO, whose optimizer steps (and decays) all slices at a "
