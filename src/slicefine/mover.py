@@ -6,7 +6,6 @@ micro-batches: gradient accumulation, recomputation and skipped steps never move
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 import weakref
@@ -18,11 +17,17 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .errors import ConfigError, NumericalError, OptimizerError, UnsupportedError
+from .errors import ConfigError, NumericalError, OptimizerError
 from .geometry import Slice
 from .guards import all_finite, check_frozen, not_finite, remember
 from .layer import SliceLayer
-from .optimizers import FACTORED, REFUSED, creates_state, reset_optimizer_state, reset_optimizer_states
+from .optimizers import (
+    creates_state,
+    held_by_some_optimizer,
+    refuse_optimizer,
+    reset_optimizer_state,
+    reset_optimizer_states,
+)
 from .pace import FALLBACK_INTERVAL, MoveSettings, warn_about_plan
 from .schedule import Moves
 from .sharded import is_sharded, whole
@@ -236,7 +241,8 @@ class Mover:
         """
         skips = self.settings.on_nonfinite == "skip" and not isinstance(optimizer, ZeroOptimizer)  # which skips itself
         if isinstance(optimizer, ZeroOptimizer) and optimizer not in self._owners:
-            self._refuse_zero(optimizer)
+            slices = [entry.parameter for entry in self._training()]
+            optimizer.check(slices, self.settings.state_policy != "keep", self.settings.window is not None)
         if self.watching and not skips:
             return closure
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -344,7 +350,7 @@ class Mover:
         if optimizer in self._owners:
             self._pace = self._pace if pace is not None else weakref.ref(optimizer)
             return pace is None or pace is optimizer
-        self._refuse(optimizer)
+        refuse_optimizer(optimizer, [name for name, layer in self._own().items() if self._padded(layer)])
         self._owners.add(optimizer)
         self._pace = weakref.ref(optimizer)
         if pace is None:
@@ -470,34 +476,6 @@ class Mover:
             )
         self._checked = self.step
 
-    def _refuse(self, optimizer: AnyOptimizer) -> None:
-        name = type(optimizer.inner if isinstance(optimizer, ZeroOptimizer) else optimizer).__name__
-        reason = REFUSED.get(name)
-        if reason is not None:
-            raise UnsupportedError(f"SliceFine does not work with {name}: {reason}. Use AdamW, SGD or Adafactor.")
-        padded = [name for name, layer in self._own().items() if self._padded(layer)]
-        if name in FACTORED and padded:
-            raise UnsupportedError(
-                f"{name} averages over a whole parameter, and mode='alternate' pads the parameter of oblong layers "
-                f"such as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
-            )
-
-    def _refuse_zero(self, optimizer: ZeroOptimizer) -> None:
-        """Raise `UnsupportedError` for what ZeRO would train otherwise than one process."""
-        slices = [entry.parameter for entry in self._training()]
-        if not optimizer.check(slices, self.settings.state_policy != "keep"):
-            return
-        if any(state.biases is not None for _, state in self._pairs()):
-            raise UnsupportedError(
-                "Biases beside slices are not tested under DeepSpeed's ZeRO, which keeps masters of them. Leave the "
-                "biases out, or use FSDP2."
-            )
-        if self.settings.window is not None:
-            raise UnsupportedError(
-                "window= does not work under DeepSpeed's ZeRO, whose optimizer steps (and decays) all slices at a "
-                "time, those outside the window, too. Train all layers at once, or use FSDP2."
-            )
-
     def _padded(self, layer: SliceLayer) -> bool:
         schedule = layer.states[self.name].schedule
         rows, columns = layer.shape
@@ -518,7 +496,7 @@ class Mover:
         self.foreign_steps += 1
         if self.foreign_steps >= FOREIGN_STEPS:
             ours = {id(entry.parameter) for entry in self._training()}
-            if _held_by_some_optimizer(ours):  # it will step later: a head is trained first, or more often
+            if held_by_some_optimizer(ours):  # it will step later: a head is trained first, or more often
                 self.stepped = True
                 return
             raise OptimizerError(
@@ -571,12 +549,6 @@ class Mover:
             for visit in layer.states[self.name].journal.visits[1:]
         ]
         return sum(first <= self.run_start + 1 for first in starts)
-
-
-def _held_by_some_optimizer(ids: set[int]) -> bool:
-    """Whether an optimizer that is alive holds one of the parameters; looked for once, among all objects."""
-    optimizers = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
-    return any(id(p) in ids for found in optimizers for group in found.param_groups for p in group["params"])
 
 
 def _steps(state: AdapterState) -> int:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from .errors import UnsupportedError
 from .sharded import is_sharded, whole
 from .zero import ZeroOptimizer
 
-__all__ = ["FACTORED", "REFUSED", "creates_state", "reset_optimizer_state", "reset_optimizer_states"]
+__all__ = [
+    "creates_state",
+    "held_by_some_optimizer",
+    "refuse_optimizer",
+    "reset_optimizer_state",
+    "reset_optimizer_states",
+]
 
 # optimizer state that starts at zero: zeroing it in place equals a fresh state and keeps captured graphs valid
 ZERO_STATE = frozenset(
@@ -38,6 +46,30 @@ REFUSED = {
     "SparseAdam": "it needs sparse gradients",
     "Muon": "it orthogonalises whole matrices, which a slice of a matrix is not",
 }
+
+
+def refuse_optimizer(optimizer: Optimizer | ZeroOptimizer, padded: Sequence[str]) -> None:
+    """Raise `UnsupportedError` for an optimizer that cannot train slices.
+
+    Args:
+        optimizer: that holds slices.
+        padded: layers whose parameter is padded, since rows and columns take turns in it.
+    """
+    name = type(optimizer.inner if isinstance(optimizer, ZeroOptimizer) else optimizer).__name__
+    reason = REFUSED.get(name)
+    if reason is not None:
+        raise UnsupportedError(f"SliceFine does not work with {name}: {reason}. Use AdamW, SGD or Adafactor.")
+    if name in FACTORED and padded:
+        raise UnsupportedError(
+            f"{name} averages over a whole parameter, and mode='alternate' pads the parameter of oblong layers "
+            f"such as {padded[0]}. Use mode='row' or mode='column' with {name}, or another optimizer."
+        )
+
+
+def held_by_some_optimizer(ids: set[int]) -> bool:
+    """Whether an optimizer that is alive holds one of the parameters; looked for once, among all objects."""
+    optimizers = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    return any(id(p) in ids for found in optimizers for group in found.param_groups for p in group["params"])
 
 
 def reset_optimizer_states(optimizer: Optimizer | ZeroOptimizer, parameters: Iterable[Tensor]) -> None:

@@ -90,20 +90,18 @@ class ZeroOptimizer:
         """State of the optimizer inside was dropped: DeepSpeed looks it up again after its next step."""
         self._own._hp_optimizer_states_linked = False
 
-    def check(self, slices: Iterable[Tensor], resets: bool) -> bool:
+    def check(self, slices: Iterable[Tensor], resets: bool, window: bool) -> None:
         """Raise `UnsupportedError` for settings under which slices would not be trained as without DeepSpeed.
 
         Args:
             slices: the parameters of the adapter that is trained.
             resets: moves give the new slices fresh optimizer state.
-
-        Returns:
-            Whether it holds any of the slices.
+            window: some layers wait while others train.
         """
         ids = {id(parameter) for parameter in slices}
         held = [[id(parameter) in ids for parameter in group] for group in self._groups]
         if not any(any(own) for own in held):
-            return False
+            return
         name = type(self._own).__name__
         if not hasattr(self._own, "bit16_groups"):
             raise UnsupportedError(
@@ -137,7 +135,11 @@ class ZeroOptimizer:
                     'create_optimizer, since it ignores optimizers= under DeepSpeed), set state_policy="keep", or use '
                     "FSDP2."
                 )
-        return True
+        if window:
+            raise UnsupportedError(
+                "window= does not work under DeepSpeed's ZeRO, whose optimizer steps (and decays) all slices, those "
+                "outside the window, too. Train all layers at once, or use FSDP2."
+            )
 
 
 def refuse_stage_3(tensor: Tensor | None, label: str) -> None:
