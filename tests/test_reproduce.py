@@ -199,6 +199,11 @@ def test_ours_and_the_papers_stand_beside_each_other():
     chart = price_chart(table, FOUND)
     assert [line.label for line in chart.panels[0].lines] == ["A", "B"]
     assert len(chart.panels) == 3  # memory is known on a GPU alone
+    untimed = [replace(FOUND[0], seconds=None), *FOUND[1:]]  # one of them ran beside other work
+    assert "s/run" not in markdown(table, untimed)
+    assert "| A | 80.0 ± 0.0 | 40.0/60.0 ± 0.0 | 60.00 | 1.5 | 10 | 20 | 1.00 |\n" in markdown(table, untimed)
+    shown = [panel.x_label for panel in price_chart(table, untimed).panels]
+    assert shown == ["entries trained at a time", "file (MiB)"]
     measured = [replace(item, memory=3 * 2.0**20, forgotten=0.25) for item in FOUND]
     assert price_chart(table, measured).panels[3].lines[0].x == [3.0]
     assert "| A | 80.0 ± 0.0 | 40.0/60.0 ± 0.0 | 60.00 | 1.5 | 10 | 20 | 1.00 | 1 | +0.250 |" in markdown(

@@ -255,6 +255,14 @@ def test_a_killed_sweep_leaves_no_worker_and_goes_on_to_the_same_results(bert, r
         assert [entry.get("loss") for entry in outcome["history"]] == [e.get("loss") for e in expected[name]["history"]]
 
 
+def test_a_time_is_known_if_every_run_has_one():
+    settings = SweepSettings(vary={"kind": ["a"]}, seeds=[0, 1])
+    found = [outcome(1.0, seed, kind="a") for seed in (0, 1)]
+    assert summaries(settings, found)[0].seconds == 1.0
+    del found[1]["train_seconds"]
+    assert summaries(settings, found)[0].seconds is None
+
+
 def test_differences_pair_runs_that_are_otherwise_the_same():
     values = {("a", 0): 1.0, ("a", 1): 3.0, ("b", 0): 2.0, ("b", 1): 3.5, ("b", 2): 9.0}
     found = differences([outcome(v, seed, kind=kind) for (kind, seed), v in values.items()], "kind", "a")

@@ -83,7 +83,9 @@ def markdown(table: PaperTable, found: Sequence[Summary]) -> str:
     entries = table_entries(found, table.settings.view, rows, columns)
     ours = row_averages(entries)
     heads = list(dict.fromkeys(head for row in entries.values() for head in row))
-    names = [rows, *heads, "average", "rank", "trained", "changed", "file MiB", "s/run"]
+    names = [rows, *heads, "average", "rank", "trained", "changed", "file MiB"]
+    timed = all(item.seconds is not None for item in found)
+    names += ["s/run"] if timed else []
     forgetting = any(item.forgotten is not None for item in found)
     names += ["forgotten"] if forgetting else []
     lines = [f"# {table.settings.title}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -92,9 +94,10 @@ def markdown(table: PaperTable, found: Sequence[Summary]) -> str:
         total = ours.get(label)
         ends = ["-", "-"] if total is None else [f"{100 * total[0]:.2f}", f"{total[1]:.1f}"]
         price = [f"{statistics.median(getattr(i, name) for i in own):,.0f}" for name in ("trainable", "changed")]
-        file, seconds = (statistics.fmean(getattr(i, name) for i in own) for name in ("file", "seconds"))
+        file = statistics.fmean(item.file for item in own)
         shown = [_cell(row.get(head)) for head in heads]
-        price += [f"{file / 2**20:.2f}", f"{seconds:.0f}"]
+        price += [f"{file / 2**20:.2f}"]
+        price += [f"{statistics.fmean(i.seconds for i in own if i.seconds is not None):.0f}"] if timed else []
         lost = [item.forgotten for item in own if item.forgotten is not None]
         price += [f"{statistics.fmean(lost):+.3f}" if lost else "-"] if forgetting else []
         lines.append("| " + " | ".join([label, *shown, *ends, *price]) + " |")
@@ -111,7 +114,9 @@ def price_chart(table: PaperTable, found: Sequence[Summary]) -> Chart:
     """Average metric against trained entries, training time, memory and file size: one point per method."""
     rows, columns = _axes(table)
     ours = row_averages(table_entries(found, table.settings.view, rows, columns))
-    prices = {"entries trained at a time": "trainable", "training time (s)": "seconds", "file (MiB)": "file"}
+    prices = {"entries trained at a time": "trainable"}
+    prices |= {"training time (s)": "seconds"} if all(item.seconds is not None for item in found) else {}
+    prices |= {"file (MiB)": "file"}
     prices |= {"peak memory (MiB)": "memory"} if all(item.memory is not None for item in found) else {}
     panels = []
     for title, name in prices.items():

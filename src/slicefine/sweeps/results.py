@@ -39,7 +39,8 @@ class Summary:
         metrics: all metrics of each seed there, by name.
         tuned: what tuning chose.
         trainable, changed: entries in training at a time, and over the whole run.
-        seconds: training time, mean.
+        seconds: training time, mean; None unless it is known of every run (an archive leaves out times that were taken
+            beside other work).
         file: bytes of the adapter, mean.
         memory: peak bytes of training, mean; None unless a GPU counted each run's own.
         forgotten: how much the loss on general text rose, nats per token, mean; None where it was not measured.
@@ -51,7 +52,7 @@ class Summary:
     tuned: dict[str, Any]
     trainable: int
     changed: int
-    seconds: float
+    seconds: float | None
     file: float
     memory: float | None = None
     forgotten: float | None = None
@@ -108,13 +109,18 @@ def summaries(settings: SweepSettings, outcomes: Sequence[Outcome]) -> list[Summ
                     own[0]["tuned"],
                     counts["trainable"],
                     counts["changed"],
-                    statistics.fmean(outcome["train_seconds"] for outcome in own),
+                    _seconds(own),
                     statistics.fmean(outcome["file_bytes"] for outcome in own),
                     _memory(own),
                     _forgotten(own),
                 )
             )
     return result
+
+
+def _seconds(outcomes: Sequence[Outcome]) -> float | None:
+    known = [outcome["train_seconds"] for outcome in outcomes if "train_seconds" in outcome]
+    return statistics.fmean(known) if len(known) == len(outcomes) else None
 
 
 def _memory(outcomes: Sequence[Outcome]) -> float | None:
