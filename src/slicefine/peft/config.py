@@ -27,6 +27,33 @@ __all__ = ["SliceFineConfig"]
 
 # PEFT has no discovery of methods: a process that did not import slicefine cannot read the adapter's type
 _TEMPLATE = "# Model Card for Model ID"  # the title of PEFT's own, with dozens of places to fill in
+_ABOUT = """# SliceFine adapter
+
+Slices of {base} (mode {mode}, rank {r}), trained in place; no added parameters. A slice is a few whole rows or columns
+of a weight; training moves on to others from time to time. The file holds the lines that were trained, when each was,
+and checksums.
+
+## What can be done with it
+
+- `model.merge_and_unload()` gives a plain model with the trained values in it, `model.unload()` the base, bit for bit.
+- `slicefine info FOLDER` shows which rows and columns were trained and when; `slicefine verify FOLDER` compares
+  checksums.
+- `slicefine export --adapter FOLDER --output lora` writes an ordinary LoRA adapter with the same effect, for PEFT, vLLM
+  or llama.cpp.
+
+## Citation
+
+```bibtex
+@article{{kowsher2025slicefine,
+  title = {{SliceFine: The Universal Winning-Slice Hypothesis for Pretrained Networks}},
+  author = {{Kowsher, Md and Polat, Ali O. and Mohammady Ardehaly, Ehsan and Salehi, Mehrdad and Ghiasi, Zia and
+            Murali, Prasanth and Chen, Chen}},
+  journal = {{arXiv preprint arXiv:2510.08513}},
+  year = {{2025}}
+}}
+```
+
+"""
 _CARD = """
 ## Loading this adapter
 
@@ -308,9 +335,8 @@ class SliceFineConfig(PeftConfig):
             head, template, rest = text.partition(_TEMPLATE)
             if template:
                 base = f"`{self.base_model_name_or_path}`" if self.base_model_name_or_path else "the base model"
-                words = f"Slices of {base} (mode {self.mode}, rank {self.r}), trained in place; no added parameters."
                 _, known, versions = rest.partition("### Framework versions")
-                text = f"{head}# SliceFine adapter\n\n{words}\n\n{known}{versions}"
+                text = f"{head}{_ABOUT.format(base=base, mode=self.mode, r=self.r)}{known}{versions}"
             card.write_text(text.rstrip("\n") + "\n" + _CARD, encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
