@@ -120,6 +120,19 @@ def test_an_initialisation_in_place_before_the_first_step_is_what_the_slices_tra
     assert same(weights(model.unload()), weights(other_base()))
 
 
+def test_a_parameter_that_is_written_before_the_first_step_counts():
+    model = mlp()
+    tuner = attach(model, mode="row", r=2, interval=10, target_modules=["0"], positions="fixed")
+    (x, y) = batches(1)[0]
+    (model(x) - y).square().mean().backward()
+    (parameter,) = tuner.parameters()
+    with torch.no_grad():
+        parameter.fill_(0.25)
+    gradient = parameter.grad.clone()
+    torch.optim.SGD([parameter], lr=0.1).step()
+    torch.testing.assert_close(model[0].base_layer.weight[:2], 0.25 - 0.1 * gradient)
+
+
 # -- averages, closures, optimizers -----------------------------------------------------------------------------------
 
 

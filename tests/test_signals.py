@@ -131,7 +131,7 @@ def test_torchrun_hands_its_signal_on_and_the_run_goes_on(tmp_path: Path):
     assert text.count("and its checkpoint is written. Go on with resume_from_checkpoint.") == 1, text
     checkpoints = [path.name for path in (tmp_path / "run").iterdir()]
     assert len(checkpoints) == 1, text
-    # workers that cannot connect to each other on a busy machine are started once more, as torchrun is there to do
+    # it once ended with status 1 on a busy machine, and why was not learnt: torchrun may start workers anew
     words = [*torchrun, "--max-restarts=2", *words, "again"]
     again = subprocess.run(words, env=setting, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, f"{again.stdout[-2000:]}\n{again.stderr[-6000:]}"

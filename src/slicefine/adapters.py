@@ -417,6 +417,8 @@ class SliceAdapters(HeldWeight):
             return
         if not state.journal.applied or state.journal.step > 0 or len(state.journal.visits) != 1:
             return
+        if not self._in_sync(name):  # the parameter is what was written, and counts
+            return
         shown = self.weight_block(name)
         if not torch.equal(parameter.detach().to(weight.dtype), shown.to(weight.dtype)):
             state.journal.renew(self.dense())
