@@ -49,8 +49,8 @@ def test_it_is_a_matrix_of_zeros_until_written(actions):
             assert torch.equal(read_block(delta, other), read_block(dense, other))
     x, y = torch.randn(2, 3, SHAPE[1]).double(), torch.randn(2, 3, SHAPE[0]).double()
     wanted = y + F.linear(x, dense)
-    assert_close(delta.add_product(x, y.clone()), wanted)
-    assert_close(delta.add_product(x, y.clone().transpose(0, 1).contiguous().transpose(0, 1)), wanted)
+    assert_close(delta.add_to_layer(lambda _: y.clone(), x), wanted)
+    assert_close(delta.add_to_layer(lambda _: y.clone().transpose(0, 1).contiguous().transpose(0, 1), x), wanted)
     weight = torch.ones(SHAPE, dtype=torch.float64)
     delta.add_to(weight)
     assert_close(weight, 1 + dense)
@@ -62,14 +62,58 @@ def test_blocks_that_lie_together_are_written_through_a_view_and_others_are_not(
     assert delta.view(Slice("row", 0, 2)) is None  # its second line came first
 
 
-def test_the_product_is_differentiable_in_what_goes_in(monkeypatch):
+@pytest.mark.parametrize("compiling", [False, True])  # the latter is made of operators that the compiler knows
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("blocks", [[], BLOCKS[:1], BLOCKS[-1:], [BLOCKS[0], BLOCKS[-1]]])
+def test_the_product_is_differentiable_in_what_goes_in(monkeypatch, blocks, shared, compiling):
     delta = packed()
-    for block in (BLOCKS[0], BLOCKS[-1]):
+    for block in blocks:
         write_block(delta, block, torch.randn(read_block(delta, block).shape, dtype=torch.float64))
     x, y = (torch.randn(2, n, dtype=torch.float64, requires_grad=True) for n in (SHAPE[1], SHAPE[0]))
-    for compiling in (False, True):  # inside a compiled graph it is made of operators that the compiler knows
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda found=compiling: found)
-        assert torch.autograd.gradcheck(lambda x, y: delta.add_product(x, y.clone()), (x, y))
+    weight = torch.randn(SHAPE, dtype=torch.float64)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+
+    def product(x, y):
+        return delta.add_to_layer(lambda x: F.linear(x, weight) + y, x, shared)
+
+    assert_close(product(x, y), y + F.linear(x, weight + as_dense(delta)))
+    assert torch.autograd.gradcheck(product, (x, y))
+    assert torch.autograd.gradcheck(lambda x: delta.add_to_layer(lambda _: torch.zeros_like(y), x, shared), (x,))
+
+
+@pytest.mark.parametrize("hooks", ["own", "global"])
+def test_a_gradient_that_hooks_were_given_stays_as_they_saw_it(hooks):
+    """It is what the base layer sent, without the lines beside its weight, and nobody adds to it afterwards."""
+    model, tuner = trained("alternate", True, OPTIMIZERS["sgd"], steps=20)
+    layer = next(iter(tuner.layers.values()))
+    seen = []
+
+    def keep(module, grad_input, grad_output):
+        if module is layer.base_layer:
+            seen.append((grad_input[0], F.linear(grad_output[0], layer.base_weight.t())))
+
+    made = layer.base_layer.register_full_backward_hook(keep)
+    if hooks == "global":
+        made.remove()
+        made = torch.nn.modules.module.register_module_full_backward_hook(keep)
+    x, y = batches(1, seed=9)[0]
+    try:
+        (model(x.clone().requires_grad_()) - y).square().mean().backward()
+    finally:
+        made.remove()
+    assert_close(*seen[0])
+    assert not layer.packed.empty
+
+
+def test_the_input_may_come_by_name():
+    gradients = []
+    for named in (False, True):
+        _, tuner = trained("column", True, OPTIMIZERS["sgd"], steps=20)
+        layer = next(iter(tuner.layers.values()))
+        x = batches(1, seed=9)[0][0].requires_grad_()
+        (layer(input=x) if named else layer(x)).square().sum().backward()
+        gradients.append(x.grad)
+    assert_close(*gradients)
 
 
 @pytest.mark.parametrize("inputs", [torch.float32, torch.bfloat16])
@@ -80,7 +124,7 @@ def test_the_product_is_taken_in_the_narrower_precision(inputs, values):
         write_block(delta, block, torch.randn(read_block(delta, block).shape))
     x, y = torch.randn(4, SHAPE[1], dtype=inputs, requires_grad=True), torch.zeros(4, SHAPE[0], dtype=inputs)
     narrow = torch.bfloat16 if torch.bfloat16 in (inputs, values) else torch.float32
-    found = delta.add_product(x, y)
+    found = delta.add_to_layer(lambda _: y, x)
     found.sum().backward()
     assert found.dtype == x.grad.dtype == inputs
     tolerance = {} if narrow == torch.float32 else {"rtol": 0.02, "atol": 0.02}
@@ -88,7 +132,7 @@ def test_the_product_is_taken_in_the_narrower_precision(inputs, values):
     assert_close(x.grad.float(), as_dense(delta).float().sum(0).expand(4, -1), **tolerance)
     alone = packed(values)
     write_block(alone, BLOCKS[0], torch.randn(read_block(alone, BLOCKS[0]).shape))
-    product = alone.add_product(x, torch.zeros(4, SHAPE[0], dtype=inputs))
+    product = alone.add_to_layer(lambda _: torch.zeros(4, SHAPE[0], dtype=inputs), x)
     assert torch.equal(product, product.to(narrow).to(inputs))
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import _global_backward_hooks
 
 from .adapters import SliceAdapters
 from .errors import UnsupportedError
@@ -82,11 +83,7 @@ class SliceLayer(SliceAdapters):
         if trained and len(names) == 1 and not compiling:
             state = self.states[trained[0]]
             kept = keep_input(self.slicefine_active[trained[0]], x, state.index, state.axis)
-        y: Tensor = self.base_layer(*args, **kwargs)
-        if self.packed is not None and names:
-            if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
-                raise UnsupportedError(_no_gradient(self))
-            y = self.packed.add_product(x, y)
+        y = self._beside(x, args, kwargs) if self.packed is not None and names else self.base_layer(*args, **kwargs)
         if not trained:
             return self._guarded(y, names)
         parameter = self.slicefine_active[trained[0]]
@@ -96,6 +93,20 @@ class SliceLayer(SliceAdapters):
         if kept is not None:
             return track_kept(y, kept, state.axis, self, state.fixed)
         return track_slice(y, x, parameter, state.index, state.axis, None if compiling else self, state.fixed)
+
+    def _beside(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The base layer's output on ``x``, its first argument, and the product with the lines beside its weight."""
+        assert self.packed is not None
+        compiling = torch.compiler.is_compiling()
+
+        def layer(x: Tensor) -> Tensor:
+            own = kwargs if args else dict(zip(kwargs, (x, *list(kwargs.values())[1:]), strict=True))
+            y: Tensor = self.base_layer(*((x, *args[1:]) if args else ()), **own)
+            if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+                raise UnsupportedError(_no_gradient(self))
+            return y
+
+        return self.packed.add_to_layer(layer, x, shared=not compiling and _hooked(self.base_layer))
 
     def _trained(self, names: list[str]) -> list[str]:
         """Which of the applied adapters want a gradient now."""
@@ -194,6 +205,11 @@ class SliceLayer(SliceAdapters):
                 self.settle(name)
             state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether hooks are given the gradient of a module's input, which they may keep."""
+    return bool(_global_backward_hooks) or any(inside._backward_hooks for inside in module.modules())
 
 
 class _RefuseBackward(torch.autograd.Function):

@@ -43,24 +43,49 @@ class _Lines:
         return torch.tensor([self.slots[line] for line in lines], device=self.index.device)
 
 
+class _PassInput(torch.autograd.Function):
+    """The input; its backward adds ``dY D`` to the gradient that the layer itself sends, in the memory of that one.
+
+    On its own ``dY D`` would be a matrix of zeros with few lines in it, made and then added whole: as much time as
+    the products with those lines.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: PackedDelta, products: list[Tensor], shared: bool) -> Tensor:
+        ctx.delta, ctx.products, ctx.shared = delta, products, shared
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.shared or not grad.is_contiguous():
+            grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.delta._add_input_gradient(grad, ctx.products)
+        ctx.products.clear()
+        return grad, None, None, None
+
+
 class _AddProduct(torch.autograd.Function):
     """``y + x D.T`` in y's own storage: nothing saves a linear layer's output, and a copy would cost what a row costs.
 
     Nothing is kept: backward reads the lines that are there then, which are the forward's, or the layer's guard of its
-    content raises first (design decision 5).
+    content raises first (design decision 5). The input's gradient is finished by `_PassInput`, which autograd calls
+    afterwards, since ``x`` comes from there.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, delta: PackedDelta) -> Tensor:
-        ctx.delta, ctx.dtype = delta, x.dtype
+    def forward(ctx: Any, y: Tensor, x: Tensor, delta: PackedDelta, products: list[Tensor]) -> Tensor:
+        ctx.delta, ctx.products = delta, products
         result = y.data
         delta._add_into(result, x)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        return grad, ctx.delta._input_gradient(grad, ctx.dtype) if ctx.needs_input_grad[1] else None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.needs_input_grad[1]:
+            ctx.products[:] = ctx.delta._line_products(grad)
+        return grad, None, None, None
 
 
 def _add_matmul(y: Tensor, x: Tensor, lines: Tensor) -> None:
@@ -91,7 +116,7 @@ class PackedDelta:
     Example:
         >>> delta = PackedDelta((4, 3), torch.float32, torch.device("cpu"))
         >>> delta.write(Slice("row", 1, 1), torch.ones(1, 3))
-        >>> delta.add_product(torch.ones(2, 3), torch.zeros(2, 4))[0]
+        >>> delta.add_to_layer(lambda x: torch.zeros(2, 4), torch.ones(2, 3))[0]
         tensor([0., 3., 0., 0.])
     """
 
@@ -141,15 +166,24 @@ class PackedDelta:
             return None
         return own.values.narrow(0, slots[0], block.width)
 
-    def add_product(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y + x D.T`` for inputs ``(..., columns)`` and outputs ``(..., rows)``; nothing of the size of D is made.
+    def add_to_layer(self, layer: Callable[[Tensor], Tensor], x: Tensor, shared: bool = False) -> Tensor:
+        """``layer(x) + x D.T`` for inputs ``(..., columns)`` and outputs ``(..., rows)``; nothing of D's size is made.
 
-        The sum takes y's memory (except inside a compiled graph), so y must not be used afterwards.
-        Gradients flow to ``x`` and ``y``, not to the lines: a layer's active block has a gradient of its own.
+        The sums take the memory of the layer's output, and of the gradient that it sends to its input (except inside
+        a compiled graph). Gradients do not flow to the lines: a layer's active block has a gradient of its own.
+
+        Args:
+            layer: computes the output; called once.
+            x: its input.
+            shared: whether others hold the gradient that the layer sends, as module hooks do: it is copied then.
         """
         if not torch.compiler.is_compiling():
-            result: Tensor = _AddProduct.apply(y, x, self)  # type: ignore[no-untyped-call]
+            products: list[Tensor] = []
+            if torch.is_grad_enabled() and x.requires_grad:
+                x = _PassInput.apply(x, self, products, shared)  # type: ignore[no-untyped-call]
+            result: Tensor = _AddProduct.apply(layer(x), x, self, products)  # type: ignore[no-untyped-call]
             return result
+        y = layer(x)
         row, column = self._axes["row"], self._axes["column"]
         x = x.to(_narrower(x.dtype, self.dtype))
         if row.slots:
@@ -167,17 +201,19 @@ class PackedDelta:
         if column.slots:
             _add_matmul(y, x.index_select(-1, column.index), column.values.to(x.dtype))
 
-    def _input_gradient(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    def _line_products(self, grad: Tensor) -> list[Tensor]:
+        """What is left of an output's gradient for the input's: its part at the rows, its products with the columns."""
         row, column = self._axes["row"], self._axes["column"]
         grad = grad.to(_narrower(grad.dtype, self.dtype))
-        if row.slots:
-            result = torch.matmul(grad.index_select(-1, row.index), row.values.to(grad.dtype))
-        else:
-            result = grad.new_zeros(*grad.shape[:-1], self.shape[1])
-        if column.slots:
-            values = torch.nn.functional.linear(grad, column.values.to(grad.dtype))
-            result.index_add_(-1, column.index, values)
-        return result.to(dtype)
+        return [grad.index_select(-1, row.index), torch.nn.functional.linear(grad, column.values.to(grad.dtype))]
+
+    def _add_input_gradient(self, result: Tensor, products: list[Tensor]) -> None:
+        """Add ``dY D`` to an input's gradient; ``products``: see `_line_products`, or nothing, if no dY came."""
+        row, column = self._axes["row"], self._axes["column"]
+        if products and row.slots:
+            _add_matmul(result, products[0], row.values.to(products[0].dtype))
+        if products and column.slots:
+            result.index_add_(-1, column.index, products[1].to(result.dtype))
 
     @property
     def empty(self) -> bool:
