@@ -171,6 +171,21 @@ def test_qlora_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len({rows[name]["loss"][0] for name in ("qlora r=8", "qlora r=16", "column r=12", "alternate r=12")}) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--out", str(tmp_path / "g.json"), "--smoke", "--device", "cpu", "--steps", "8", "--interval", "2"]
+    words += ["--rank", "2", "--modes", "alternate", "--engines", "CUDA graphs", "FSDP2"]
+    monkeypatch.setattr(sys, "argv", ["one_gpu.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "one_gpu.py"), run_name="__main__")
+    rows = {row["engine"]: row for row in json.loads((tmp_path / "g.json").read_text())["rows"]}
+    assert {name: row["graphs"] for name, row in rows.items()} == {"eager": 0, "CUDA graphs": 2, "FSDP2": 0}
+    for row in rows.values():
+        assert row["visits"] == 5
+        assert row["weight difference"] < 1e-5
+        assert row["losses"][1] != row["losses"][0]
+
+
 def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["--moves", "40", "--interval", "2", "--width", "6", "--looks", "4", "--out", str(tmp_path / "s.json")]
     monkeypatch.setattr(sys, "argv", ["soak.py", *words])
