@@ -26,13 +26,13 @@ LADDER = [
     "initial",
     "packed",
     "quantised",
+    "zero",
     "weights",
     "window",
     "schedule",
     "functional",
     "journal",
     "delta",
-    "zero",
     "sharded",
     "biases",
     "state",
@@ -61,7 +61,7 @@ ALLOWED["window"] = {"errors", "geometry"}
 ALLOWED["nested"] = {"errors"}
 ALLOWED["packed"] = {"errors", "geometry"}
 ALLOWED["quantised"] = {"errors"}
-ALLOWED["weights"] = {"errors", "geometry", "quantised"}
+ALLOWED["weights"] = {"errors", "geometry", "quantised", "zero"}  # stage 3 shows no shapes
 ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no schedule
 ALLOWED["journal"] = {"errors", "geometry", "functional"}
 ALLOWED["delta"] = {"errors", "geometry", "functional", "journal"}
@@ -72,7 +72,7 @@ ALLOWED["pace"] = {"errors", "schedule", "state", "window"}
 ALLOWED["sharded"] = {"errors", "geometry", "zero"}
 ALLOWED["zero"] = {"errors"}
 ALLOWED["biases"] = {"errors", "sharded"}
-ALLOWED["state"] = {"errors", "biases", "geometry", "window", "schedule", "functional", "journal"}
+ALLOWED["state"] = {"errors", "biases", "geometry", "window", "schedule", "functional", "journal", "zero"}
 ALLOWED["transfer"] -= {"window"}
 ALLOWED["reference"] = {"errors", "geometry", "schedule"}  # the twin shares nothing with the fast path
 CORE = list(ALLOWED)

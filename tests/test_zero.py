@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: stages 1 and 2 give the run of one process, what does not is refused by name.
+"""DeepSpeed's ZeRO: stages 1, 2 and 3 give the run of one process, what does not is refused by name.
 
 The tests with real processes need DeepSpeed, which the development lock leaves out; those with a stand-in do not.
 """
@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -22,16 +23,23 @@ import distributed_jobs as jobs
 import zero_jobs as zero
 from core_helpers import mlp
 from peft_helpers import THIRD_PARTY, llama
-from slicefine import attach
+from slicefine import SliceFineConfig, attach
 from slicefine.errors import NumericalError, OptimizerError, UnsupportedError
+from slicefine.functional import read_block, write_block
+from slicefine.geometry import Slice
+from slicefine.sharded import ShardedMatrix
+from slicefine.sharded import whole as gathered_whole
+from slicefine.zero import ZeroOptimizer
 
 pytestmark = THIRD_PARTY
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (pip install deepspeed)"
 )
 
-JOBS = [zero.zero2, zero.zero2_resumed, zero.zero1, zero.zero2_variants, zero.zero2_bf16, zero.zero2_skips]
+JOBS = [zero.zero2_variants, zero.zero2, zero.zero2_resumed, zero.zero1, zero.zero2_bf16, zero.zero2_skips]
 JOBS += [zero.zero2_offload, zero.zero2_head, zero.zero2_accelerate, zero.zero_refused]
+JOBS_3 = [zero.zero3, zero.zero3_resumed, zero.zero3_variants, zero.zero3_settings, zero.zero3_bf16, zero.zero3_loaded]
+JOBS_3 += [zero.zero3_accelerate, zero.zero3_between, zero.zero3_skips, zero.zero3_refused]
 
 
 # -- real processes -----------------------------------------------------------------------------------------------
@@ -46,6 +54,12 @@ def folder(tmp_path_factory):
 def found(folder):
     """What two processes found, job by job."""
     return jobs.launch(JOBS, folder)
+
+
+@pytest.fixture(scope="module")
+def spread(folder):
+    """The same at stage 3."""
+    return jobs.launch(JOBS_3, folder)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +212,6 @@ def test_a_loop_with_accelerate(found):
 @pytest.mark.parametrize(
     ("name", "message"),
     {
-        "stage 3": r"ZeRO stage 3 .* Use ZeRO stage 2",
         "window": r"window= .* Train all layers at once, or use FSDP2",
         "adafactor": "Adafactor under ZeRO.* Use AdamW, or FSDP2",
         "accumulation in fp32": "BF16_Optimizer.*leave data_types out",
@@ -207,6 +220,148 @@ def test_a_loop_with_accelerate(found):
 )
 def test_what_stays_refused(name, message, found):
     for result in of(found, "zero_refused"):
+        assert re.search(message, result.get(name, "it was not refused"))
+
+
+# -- stage 3 ------------------------------------------------------------------------------------------------------
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("mode", zero.MODES)
+def test_stage_3_gives_the_run_of_one_process(mode, spread, alone):
+    first, second = of(spread, "zero3")
+    for result in (first, second):
+        assert {len(table) for table in result[mode]["visits"].values()} == {5}  # four moves
+        same_run(result[mode], alone[mode])
+        assert_close(result[mode]["losses"], alone[mode]["losses"], atol=1e-4, rtol=0)
+        assert result[mode]["odd"] == []
+    same_run(first[mode], second[mode], atol=0, rtol=0)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("mode", zero.MODES)
+def test_an_adapter_from_pieces_is_that_of_one_process(mode, spread, alone, folder):
+    """`Trainer` lets DeepSpeed gather what there is of parameters and buffers; the journal is neither."""
+    of(spread, "zero3")
+    for end in ("end", f"checkpoint-{zero.SAVED}"):
+        kept = same_file(folder / f"zero3-{mode}" / end, folder / f"one-{mode}" / end)
+        assert all("slicefine_" in key for key in kept)  # no weights
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("saved", [zero.SAVED - 1, zero.SAVED])
+def test_a_checkpoint_in_pieces_goes_on_as_if_nothing_had_been(saved, spread):
+    for result, whole in zip(of(spread, "zero3_resumed"), of(spread, "zero3"), strict=True):
+        same_run(result[str(saved)], whole["alternate"], atol=0, rtol=0)
+        assert result[str(saved)]["losses"] == whole["alternate"]["losses"]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", zero.VARIANTS)
+def test_what_touches_spread_parameters_beside_the_step(name, spread, folder):
+    alone = zero.run(folder / f"one-3-{name}", 1, "alternate", slices=zero.VARIANTS[name])
+    for result in of(spread, "zero3_variants"):
+        same_run(result[name], alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", zero.SETTINGS)
+def test_settings_of_stage_3(name, spread, alone):
+    for result in of(spread, "zero3_settings"):
+        assert result[name]["odd"] == []
+        same_run(result[name], alone["alternate"])
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", zero.LAYERS)
+def test_layers_whose_weights_are_spread(name, spread, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's about saved embeddings, and of torch's checkpointing
+        alone = zero.run(folder / f"one-{name}", 1, "alternate", **zero.made(zero.LAYERS[name]))
+    for result in of(spread, "zero3_settings"):
+        same_run(result[name], alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("name", "tolerance"), [("sgd", 1e-2), ("adamw", 1e-1), ("loaded", 1e-1)])
+def test_bfloat16_in_pieces(name, tolerance, spread, folder):
+    """A model that is loaded in pieces keeps its slices in fp32; else DeepSpeed casts them, too."""
+    settings = zero.SGD if name == "sgd" else {}
+    alone = zero.run(folder / f"one-bf16-3-{name}", 1, "alternate", model=llama().bfloat16(), **settings)
+    for result in of(spread, "zero3_bf16"):
+        same_run(result[name], alone, atol=tolerance, rtol=0)
+        assert_close(result[name]["losses"], alone["losses"], atol=1e-2, rtol=0)
+        kept = {tensor.dtype for tensor in result[name]["active"].values()}
+        assert kept == {torch.float32 if name == "loaded" else torch.bfloat16}
+
+
+@needs_deepspeed
+def test_bfloat16_in_pieces_keeps_masters_exact(spread):
+    for result in of(spread, "zero3_bf16"):
+        assert result["adamw"]["odd"] == result["loaded"]["odd"] == []
+        assert result["adamw"]["apart"] > 0  # masters hold more than their parameters
+        same_run(result["resumed"], result["adamw"], atol=0, rtol=0)
+        assert result["resumed"]["losses"] == result["adamw"]["losses"]
+
+
+@needs_deepspeed
+def test_a_model_that_was_loaded_in_pieces(spread, alone):
+    for result in of(spread, "zero3_loaded"):
+        same_run(result["loaded"], alone["alternate"])
+        same_run(result["again"], result["loaded"], atol=0, rtol=0)
+        same_run(result["from the adapter"], result["loaded"], atol=0, rtol=0)
+
+
+@needs_deepspeed
+def test_a_loop_with_accelerate_and_its_checkpoint_of_all_weights(spread):
+    from accelerate import Accelerator
+
+    alone = zero.loop(Accelerator(cpu=True), 0, 1)
+    for result in of(spread, "zero3_accelerate"):
+        same_run(result["whole"], alone)
+        same_run(result["again"], result["whole"], atol=0, rtol=0)
+    gathered, nothing = (result["whole"]["state"] for result in of(spread, "zero3_accelerate"))
+    assert nothing is None  # the first process alone gets it
+    model = get_peft_model(llama(), SliceFineConfig(r=2, mode="alternate", interval=2, target_modules="all-linear"))
+    model.load_state_dict(gathered)
+    same_run(zero.facts(model), result["whole"], atol=0, rtol=0)
+
+
+@needs_deepspeed
+def test_what_is_done_between_steps(spread, folder):
+    """Differences, files, switching off, writing into slices, restarting and undoing."""
+    callback = zero.Between(folder / "one-between" / "own")
+    zero.run(folder / "one-between", 1, "alternate", callbacks=[callback])
+    for result in of(spread, "zero3_between"):
+        same_run(result.pop("undone"), callback.found["undone"])
+        for name, tensor in result.items():
+            assert_close(tensor, callback.found[name], atol=1e-5, rtol=1e-5)
+    same_file(folder / "zero3-between" / "own", folder / "one-between" / "own")
+
+
+@needs_deepspeed
+def test_steps_that_are_left_out_at_stage_3(spread, folder):
+    settings = {"slices": {"on_nonfinite": "skip"}, "lr_scheduler_type": "constant"}
+    with pytest.warns(UserWarning, match="a step after step 2 had NaN or infinite gradients"):
+        alone = zero.run(folder / "one-skips-3", 1, "alternate", spoil=4, **settings)
+    for result in of(spread, "zero3_skips"):
+        assert result["skipped"] == 1
+        same_run(result, alone)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("name", "message"),
+    {
+        "window": r"window= .* Train all layers at once, or use FSDP2",
+        "adafactor": "Adafactor under ZeRO.* Use AdamW, or FSDP2",
+        "head": "a group of AdamW holds 4 slices and 1 other parameters .* a group of their own",
+        "late slices": r"Make the slices first .* or DeepSpeed's engine",
+        "late file": "Load an adapter before the model is handed to Trainer",
+    }.items(),
+)
+def test_what_stage_3_refuses(name, message, spread):
+    for result in of(spread, "zero3_refused"):
         assert re.search(message, result.get(name, "it was not refused"))
 
 
@@ -409,16 +564,118 @@ def test_flat_copies_without_marks_are_named_where_deepspeed_is_loaded(loaded, m
     assert ("use ZeRO stage 2, or fp32" in str(caught.value)) == loaded
 
 
-def test_stage_3_is_refused_before_and_after_slices_are_made():
-    model, tuner = tuned()
-    model.get_submodule("0").base_layer.weight.ds_id = 0
-    for act in (lambda: model(torch.randn(2, 6)), lambda: tuner.mover.begin_run(10)):
-        with pytest.raises(UnsupportedError, match=r"ZeRO stage 3 .* Use ZeRO stage 2"):
-            act()
+def spread_parameter(values, rank=0, world=1, gathered=False):
+    """A parameter as stage 3 leaves it in one of several processes: flat, padded pieces."""
+    length = -(-values.numel() // world)
+    padded = torch.cat([values.reshape(-1), torch.full((length * world - values.numel(),), -7.0, dtype=values.dtype)])
+    parameter = nn.Parameter(values.clone() if gathered else values.new_empty(0), requires_grad=False)
+    parameter.ds_id, parameter.ds_shape, parameter.ds_numel = 0, values.shape, values.numel()
+    parameter.ds_tensor = padded[rank * length : (rank + 1) * length].clone()
+    parameter.ds_status = SimpleNamespace(name="AVAILABLE" if gathered else "NOT_AVAILABLE")
+    parameter.ds_zero_partition_rank, parameter.ds_process_group = rank, None
+    parameter.nvme_swapper = parameter.ds_zero_param_process_group = None
+    return parameter
+
+
+BLOCKS = [Slice("row", 1, 2), Slice("column", 2, 3), Slice("entries", 0, 6), Slice("row", 0, 5), Slice("column", 6, 1)]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("world", [1, 3, 40])  # of 40 some hold nothing
+def test_blocks_of_a_matrix_in_flat_pieces(block, transposed, world, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    matrix = torch.randn(5, 7)
+    expected, new = read_block(matrix, block), torch.randn_like(read_block(matrix, block))
+    stored = stored_of(matrix, transposed).contiguous()
+    everyone = [spread_parameter(stored, rank, world) for rank in range(world)]
+    matrices = [ShardedMatrix(parameter, transposed=transposed) for parameter in everyone]
+    assert {found.shape for found in matrices} == {matrix.shape}
+    assert torch.equal(sum(found.read(block) for found in matrices), expected)
+    for found in matrices:
+        found.write(block, new)
+    write_block(matrix, block, new)
+    pieces = torch.cat([parameter.ds_tensor for parameter in everyone])
+    assert torch.equal(pieces[: matrix.numel()].view(stored.shape), stored_of(matrix, transposed))
+    assert bool((pieces[matrix.numel() :] == -7.0).all())  # padding is nobody's
+    assert torch.equal(
+        sum(gathered_whole(everyone[rank : rank + 1])[0] for rank in range(world)), stored_of(matrix, transposed)
+    )
+
+
+def stored_of(matrix, transposed):
+    return matrix.t() if transposed else matrix
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_copy_that_deepspeed_has_gathered_is_written_too(block):
+    matrix = torch.randn(5, 7)
+    parameter, new = spread_parameter(matrix, 1, 3, gathered=True), torch.randn_like(read_block(matrix, block))
+    ShardedMatrix(parameter).write(block, new)
+    write_block(matrix, block, new)
+    assert torch.equal(parameter.detach(), matrix)
+
+
+def test_a_weight_that_is_on_its_way_arrives_before_it_is_written():
+    """Else the copy that was asked for before would be what the next forward sees."""
+    matrix = torch.randn(5, 7)
+    parameter = spread_parameter(matrix, gathered=True)
+    parameter.ds_status.name = "INFLIGHT"
+    handle = SimpleNamespace(wait=lambda: setattr(parameter.ds_status, "name", "AVAILABLE"))
+    flying = {parameter: handle}
+    parameter._z3_optimizer = SimpleNamespace(module=SimpleNamespace(ds_inflight_param_registry=flying))
+    ShardedMatrix(parameter).write(Slice("row", 1, 2), torch.ones(2, 7))
+    assert not flying
+    assert bool((parameter.detach()[1:3] == 1).all())
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ({"nvme_swapper": 1}, "weights on NVMe"),
+        ({"ds_zero_param_process_group": 1}, "zero_hpz_partition_size"),
+        ({"ds_quant_scale": 1}, "zero_quantized_nontrainable_weights"),
+    ],
+)
+def test_pieces_that_are_refused(mark, message):
     plain = mlp()
-    plain[0].weight.ds_id = 0
-    with pytest.raises(UnsupportedError, match=r"Linear.weight: DeepSpeed's ZeRO stage 3"):
+    weight = spread_parameter(plain[0].weight.detach())
+    plain[0].weight = weight
+    vars(weight.ds_tensor if "ds_quant_scale" in mark else weight).update(mark)
+    with pytest.raises(UnsupportedError, match=rf"Linear.weight: .* does not work with .*{message}"):
         attach(plain, mode="row", r=2)
+
+
+class StandIn3(StandIn):
+    """As DeepSpeed's optimizer of stage 3; only what is looked at before a first step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.fp16_groups, self.sub_group_to_group_id = [list(parameters)], {0: 0}
+        self.swap_optimizer = self.offload_optimizer = False
+        self.partial_offload = 1.0
+        off = {"zero_quantized_weights": False, "zero_quantized_nontrainable_weights": False}
+        self.parameter_offload = SimpleNamespace(**off)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"swap_optimizer": True}, "optimizer state on NVMe"),
+        ({"parameter_offload": SimpleNamespace(zero_quantized_weights=True)}, "zero_quantized_weights"),
+        ({"offload_optimizer": True, "partial_offload": 0.5}, "offload_optimizer's ratio"),
+        ({"offload_optimizer": True, "optimizer": Foreign()}, "Foreign under DeepSpeed's offload_optimizer"),
+        ({"zenflow": True}, "zenflow"),
+        ({}, "of the kind MiCS_Optimizer"),
+    ],
+)
+def test_settings_of_stage_3_that_are_refused(change, message):
+    _, tuner = tuned()
+    kind = "DeepSpeedZeroOptimizer_Stage3" if change else "MiCS_Optimizer"
+    own = type(kind, (StandIn3,), {})(tuner.parameters())
+    vars(own).update(change)
+    with pytest.raises(UnsupportedError, match=message):
+        ZeroOptimizer(own).check(tuner.parameters(), resets=True, window=False)
 
 
 def test_slices_made_after_the_engine_are_refused():

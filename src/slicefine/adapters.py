@@ -33,6 +33,7 @@ from .state import AdapterState, version_of
 from .transfer import BESIDE, ORIGINALS, AdapterTensors, install, take_out_arrived
 from .weights import Stack, refuse_offloaded, value_dtype
 from .window import Place
+from .zero import is_spread
 
 __all__ = ["SliceAdapters"]
 
@@ -74,11 +75,12 @@ class SliceAdapters(HeldWeight):
                 f"adapter {name!r}: torch cannot name a parameter so (it is empty, has a dot, or is a method's name, "
                 'such as "half" and "keys"); choose another name.'
             )
-        if is_sharded(self.base_weight):
+        weight = self.base_weight
+        if is_sharded(weight) and (not is_spread(weight) or hasattr(weight, "_z3_optimizer")):
             raise UnsupportedError(
                 f"{layer_name}: its weight is spread over processes already, so the slice's parameter would be left "
-                "out of what synchronises them. Make the slices first (attach, get_peft_model), then fully_shard; "
-                "leave tensor parallelism out (tp_plan, parallelize_module)."
+                "out of what synchronises them. Make the slices first (attach, get_peft_model), then fully_shard, or "
+                "DeepSpeed's engine; leave tensor parallelism out (tp_plan, parallelize_module)."
             )
         schedule = schedule if ready else self.fitted(schedule, layer_name)
         check_positions(schedule, self.shape, layer_name)
@@ -198,7 +200,7 @@ class SliceAdapters(HeldWeight):
         """What the dense weight holds at the active slice, shaped and typed like the parameter (padded)."""
         state, parameter = self.states[name], self.parameter(name)
         values = read_block(self.dense(), state.journal.active, state.index)
-        return pad_block(values, parameter.shape).to(parameter.dtype)
+        return pad_block(values, self.room(name)).to(parameter.dtype)
 
     def active_entries(self, name: str) -> int:
         """Entries that adapter ``name`` trains now, without padding and others' entries; none outside the window."""
@@ -243,7 +245,7 @@ class SliceAdapters(HeldWeight):
                 f"{where}: every entry of {block} belongs to other runs (reserve=, share=), so there is nothing to "
                 "train. Choose other positions, or leave the layer out (exclude_modules)."
             )
-        room = tuple(self.slicefine_active[name].shape)
+        room = tuple(self.room(name))
         if lines > room[0] or length > room[1] or (block.axis == "entries" and (lines, length) != room):
             raise ConfigError(
                 f"{where}: a {block.axis} slice of width {block.width} needs a parameter of shape {(lines, length)}, "
@@ -304,7 +306,7 @@ class SliceAdapters(HeldWeight):
         parameter.grad = None  # it belonged to the slice that was there
         if not parameter.is_meta:
             values = read_block(self.dense(), state.journal.active) if values is None else values
-            self.put(name, pad_block(values.to(parameter.dtype), parameter.shape))
+            self.put(name, pad_block(values.to(parameter.dtype), self.room(name)))
         self.aim(name)
         state.previous = None
         self.mark_synced(name)
@@ -323,9 +325,8 @@ class SliceAdapters(HeldWeight):
         state.axis = state.journal.active.axis
         fixed = self.fixed_lines(name, state.journal.active)
         if fixed is not None:
-            room = self.slicefine_active[name].shape
             state.crossings = int(fixed.sum())
-            state.fixed = pad_block(fixed, room).to(self.base_weight.device)
+            state.fixed = pad_block(fixed, self.room(name)).to(self.base_weight.device)
 
     # -- keeping the weight in step with the parameter ------------------------------------------------------------
 
@@ -398,13 +399,13 @@ class SliceAdapters(HeldWeight):
             values: see `values`; what belongs to others is restored in them.
         """
         state = self.states[name]
-        if is_sharded(self.base_weight) and not is_sharded(self.parameter(name)):
+        if is_sharded(weight := self.base_weight) and not (is_spread(weight) or is_sharded(self.parameter(name))):
             raise UnsupportedError(
                 f"{self.label}: FSDP2 shards the weight but not the slice's parameter, so nothing would add up the "
                 "processes' gradients. Leave slicefine_active out of ignored_params."
             )
         self.restore_fixed(name, values)
-        self.put(name, values)
+        self.put(name, values, rounded=True)
         write_block(self.dense(), state.journal.active, self._active_part(name, values), state.index)
         if state.previous is not None:
             state.previous.copy_(values)
@@ -439,6 +440,7 @@ class SliceAdapters(HeldWeight):
         state = self.states[name]
         if self.base_weight.is_meta:
             return
+        take_out_arrived(self)
         if self.packed is not None and self.packed.device.type == "meta":  # the base has come
             self.packed = PackedDelta(self.shape, value_dtype(self.base_layer), self.base_weight.device)
         if state.deferred and "journal" not in state.staged:
@@ -490,6 +492,14 @@ class SliceAdapters(HeldWeight):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Before a weight arrives together with the slices that it holds, ours are taken out of the old one."""
         self.arriving = {}
+        for name in self.states:
+            active = state_dict.get(f"{prefix}slicefine_active.{name}")
+            if is_spread(self.parameter(name)) and active is not None and active.numel() > 0:
+                raise UnsupportedError(
+                    f"{self.label}: ZeRO stage 3 has spread the slices over processes, and reads them from its own "
+                    "checkpoints only (engine.load_checkpoint, Trainer's resume_from_checkpoint). Load an adapter "
+                    "before the model is handed to Trainer, Accelerator or deepspeed.initialize."
+                )
         sliced = any(key.startswith(f"{prefix}slicefine_journal.") for key in state_dict)
         weight_comes = f"{prefix}{'base_layer.' * (self.depth + 1)}{self.kind.parameter}" in state_dict
         beside = any(key.startswith(f"{prefix}slicefine_{BESIDE}.") for key in state_dict)
@@ -592,6 +602,8 @@ def _check_beside(schedule: Schedule, layer_name: str) -> None:
 
 def _sync_after_load(layer: nn.Module, incompatible: Any) -> None:
     assert isinstance(layer, SliceAdapters)
+    if any(is_spread(layer.parameter(name)) for name in layer.states):
+        return  # DeepSpeed brings weights and parameters later: the run's start, or the next forward, settles
     take_out_arrived(layer)
     names = layer.requested  # settling may forget them
     for name in list(layer.states):  # settling may reorder them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
@@ -15,7 +16,7 @@ from .quantised import Requantised, format_of, place_of, prepare, release, requa
 from .sharded import ShardedMatrix, is_sharded, is_whole, put_whole, sharded_parameter, whole
 from .state import AdapterState, Frozen
 from .weights import TRAINABLE, Stack, kind_of, lies_beside, value_dtype
-from .zero import is_partitioned, put_master, refuse_stage_3
+from .zero import check_spread, full_shape, has_master, is_spread, look_at, put_master
 
 __all__ = ["HeldWeight"]
 
@@ -34,7 +35,7 @@ class HeldWeight(nn.Module):
         while isinstance(innermost, HeldWeight):  # another of the layer's parameters has slices
             innermost = innermost.base_layer
         for name, found in innermost.named_parameters(recurse=False):
-            refuse_stage_3(found, f"{type(innermost).__name__}.{name}")
+            check_spread(found, f"{type(innermost).__name__}.{name}")
         kind = kind_of(innermost, parameter_name)
         additive = kind is not None and lies_beside(innermost, additive, type(innermost).__name__)
         if kind is None or (additive and not kind.called):
@@ -79,7 +80,7 @@ class HeldWeight(nn.Module):
     def base_weight(self) -> Tensor:
         """The base layer's own parameter (of some quantised formats: the tensor that says where they are)."""
         layer, kind = self._owner, self.kind
-        return place_of(layer) if kind.layout == "quantised" else cast(Tensor, getattr(layer, kind.parameter))
+        return place_of(layer) if kind.layout == "quantised" else cast(Tensor, look_at(layer, kind.parameter))
 
     def dense(self) -> Matrix:
         """What slices are read from and written to: the weight as ``(out, in)``, or what lies beside it.
@@ -94,17 +95,31 @@ class HeldWeight(nn.Module):
     def _base_matrix(self) -> Matrix:
         stored = sharded_parameter(self._owner, self.kind.parameter)
         if stored is not None:
-            if self.kind.layout == "convolution" or self.kind.stacked:
-                raise UnsupportedError(
-                    f"{self.label}: weights of convolutions and experts cannot be trained where FSDP2 spreads them "
-                    "over processes. Leave them out of the targets, or use DDP."
-                )
+            self.check_spread(stored)
             return ShardedMatrix(stored, self.base_weight, self.transposed)
         weight = self.base_weight.data
         if self.kind.layout == "convolution" and not weight.is_contiguous():  # channels_last: flattened it is a copy
             return Stack(weight.view(*weight.shape[:2], -1))
         matrix = self.kind.matrix(weight)
         return Stack(matrix) if self.kind.stacked else matrix
+
+    def check_spread(self, stored: Tensor | None = None) -> None:
+        """Raise `UnsupportedError` for a weight that cannot be trained where an engine spreads it over processes.
+
+        Args:
+            stored: the weight, if it is known.
+        """
+        weight = self.base_weight if stored is None else stored
+        if not is_sharded(weight):
+            return
+        check_spread(weight, self.label)
+        looked_at = is_spread(weight) and not (self.kind.called or self.kind.layout == "embedding")
+        if looked_at or self.kind.layout == "convolution" or self.kind.stacked:
+            raise UnsupportedError(
+                f"{self.label}: weights of convolutions and experts cannot be trained where FSDP2 or ZeRO stage 3 "
+                "spreads them over processes, nor can those of packed attention at stage 3. Leave them out of the "
+                "targets, or use DDP or ZeRO stage 2."
+            )
 
     def parameter(self, name: str, shown: Tensor | None = None) -> Tensor:
         """Adapter ``name``'s parameter as optimizers hold it: under FSDP2 the sharded one, whatever forward sees."""
@@ -116,17 +131,25 @@ class HeldWeight(nn.Module):
         """The values of adapter ``name``'s parameter: its own storage, or, if it is sharded, a gathered copy."""
         return whole([self.parameter(name)])[0]
 
-    def put(self, name: str, values: Tensor) -> None:
-        """Overwrite adapter ``name``'s parameter, or this process's part of it."""
-        parameter, shown = self.parameter(name), self.slicefine_active[name]
+    def room(self, name: str) -> torch.Size:
+        """The shape of adapter ``name``'s parameter, whatever of it is here."""
+        return full_shape(self.parameter(name))
+
+    def put(self, name: str, values: Tensor, rounded: bool = False) -> None:
+        """Overwrite adapter ``name``'s parameter, or this process's part of it.
+
+        Args:
+            name: the adapter.
+            values: all of them.
+            rounded: they are the parameter's (`values`), under which a master may hold more (`put_master`).
+        """
+        parameter = self.parameter(name)
         if is_sharded(parameter):
-            put_whole(parameter, shown, values)
-            return
-        apart = values.data_ptr() != parameter.data_ptr()
-        if apart:
+            put_whole(parameter, self.slicefine_active[name], values)
+        elif values.data_ptr() != parameter.data_ptr():
             parameter.data.copy_(values)
-        if is_partitioned(parameter):
-            put_master(parameter, values if apart else None)
+        if has_master(parameter):
+            put_master(parameter, values, rounded)
 
     @property
     def transposed(self) -> bool:

@@ -61,7 +61,9 @@ class SliceLayer(SliceAdapters):
             for name in self.applied:
                 if not self._in_sync(name):
                     self.settle(name)
-        return self.base_weight
+        if self.kind.layout == "quantised":
+            return self.base_weight
+        return cast(Tensor, getattr(self._owner, self.kind.parameter))  # which DeepSpeed's stage 3 gathers
 
     def train(self, mode: bool = True) -> SliceLayer:
         """As of any module; what was written into the parameter comes into the weight, for compiled forwards, too."""
@@ -197,8 +199,8 @@ class SliceLayer(SliceAdapters):
         for name in names:
             state = self.states[name]
             shown = self.slicefine_active[name]
-            if self.packed is None and torch.is_grad_enabled():  # a quantised weight may be a buffer
-                refuse_engine(weight, shown, self)
+            if torch.is_grad_enabled():
+                refuse_engine([shown] if self.packed is not None else [weight, shown], self)  # quantised: a buffer
             if state.index.device != weight.device:  # fully_shard moves parameters by themselves
                 self.aim(name)
             if state.staged or state.deferred or not self._in_sync(name, shown):

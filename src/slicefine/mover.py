@@ -35,11 +35,12 @@ from .state import AdapterState
 from .window import places
 from .zero import (
     ZeroOptimizer,
-    is_partitioned,
+    has_master,
+    is_spread,
     master,
-    refuse_stage_3,
     refuse_unseen,
     register_zero_step_hooks,
+    watch,
     why_foreign,
 )
 
@@ -152,8 +153,11 @@ class Mover:
             start: `step` when the run began, if it is known; steps that ``GradScaler`` skipped are in ``done`` and
                 not in `step`, and a resumed run must count as the uninterrupted one does.
         """
-        for layer in self._with_adapter():  # stage 3 leaves nothing to be looked at
-            refuse_stage_3(layer.base_weight, layer.label)
+        for layer in self._with_adapter():
+            layer.check_spread()
+            if is_spread(layer.base_weight):
+                watch()
+                layer.settle(self.name)  # a checkpoint brings the parameters after all else
         self.run_start = self.step - done if start is None else start
         if total_steps is not None and total_steps <= 0:
             total_steps = None
@@ -373,7 +377,7 @@ class Mover:
         whole_values = whole([entry.parameter for entry in entries])
         targets: list[Tensor] = []
         values: list[Tensor] = []
-        partitioned = bool(entries) and is_partitioned(entries[0].parameter)
+        partitioned = bool(entries) and has_master(entries[0].parameter)
         for entry, own in zip(entries, whole_values, strict=True):
             if partitioned and self._alters(entry):
                 self._write_back_master(entry)
@@ -483,7 +487,7 @@ class Mover:
 
     def _note_foreign_step(self, optimizer: AnyOptimizer, parameter: Tensor) -> None:
         """An optimizer that owns no slice stepped: a mistake if gradients wait and no other optimizer comes."""
-        if is_partitioned(parameter):
+        if has_master(parameter):
             if isinstance(optimizer, Optimizer):  # the one inside, most likely
                 refuse_unseen(optimizer, parameter)
             return

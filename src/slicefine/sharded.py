@@ -1,4 +1,4 @@
-"""FSDP2: blocks of weights of which every process holds a part only.
+"""Blocks of weights of which every process holds a part only: FSDP2's rectangles, flat pieces of ZeRO's stage 3.
 
 A write needs no communication: each process writes the part that it holds. A read is one collective over the block,
 never over the weight. The bytes are added up as integers, and all processes but one add zeros, so that every value
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedError
 from .geometry import Slice, entry_indices, line_length
-from .zero import is_partitioned, refuse_stage_3, watch
+from .zero import full_shape, has_master, is_spread, look_at, pieces, watch
 
 __all__ = [
     "ShardedMatrix",
@@ -40,21 +40,26 @@ _records: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKey
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is spread over processes (a ``DTensor``)."""
+    """Whether a tensor is spread over processes: a ``DTensor``, or a parameter under ZeRO's stage 3."""
+    return is_spread(tensor) or _is_dtensor(tensor)
+
+
+def _is_dtensor(tensor: object) -> bool:
     return torch.distributed.is_available() and isinstance(tensor, DTensor)
 
 
 def is_whole(parameter: Tensor) -> bool:
-    """Whether a parameter is certainly not sharded: a quick look, for what happens at every layer and step."""
+    """Whether a parameter is certainly not FSDP2's: a quick look, for what happens at every layer and step."""
     return type(parameter) is nn.Parameter and not _module_state_mapping
 
 
 def sharded_parameter(module: nn.Module, name: str) -> Tensor | None:
-    """The parameter ``module.name`` as FSDP2 keeps it and optimizers hold it; None if it is not sharded.
+    """The parameter ``module.name`` as optimizers hold it, if it is sharded; else None.
 
-    While a forward or backward runs, the module shows a gathered copy instead, and FSDP2 alone knows the parameter.
+    While a forward or backward runs, the module shows FSDP2's gathered copy instead, and FSDP2 alone knows the
+    parameter. DeepSpeed gathers within the parameter.
     """
-    shown = getattr(module, name)
+    shown = look_at(module, name)
     if not torch.distributed.is_available() or not (_module_state_mapping or is_sharded(shown)):
         return None
     if module not in _records:
@@ -85,6 +90,17 @@ class _Part(NamedTuple):
         return _Part(self.values.t(), self.column, self.row)
 
 
+class _Flat(NamedTuple):
+    """The same of a matrix that lies flat in several processes: entries that follow each other."""
+
+    values: Tensor
+    first: int
+    strides: tuple[int, int]
+
+    def t(self) -> _Flat:
+        return _Flat(self.values, self.first, (self.strides[1], self.strides[0]))
+
+
 class ShardedMatrix:
     """A ``(rows, columns)`` matrix that lies in parts in several processes, read and written block by block.
 
@@ -92,7 +108,8 @@ class ShardedMatrix:
 
     Args:
         stored: the sharded parameter.
-        shown: what the module shows now: the parameter itself, or a gathered copy, which is written to as well.
+        shown: what the module shows now: the parameter itself, or a gathered copy, which is written to as well (as is
+            what DeepSpeed has gathered).
         transposed: the parameter is ``(columns, rows)``.
 
     Raises:
@@ -101,33 +118,37 @@ class ShardedMatrix:
 
     def __init__(self, stored: Tensor, shown: Tensor | None = None, transposed: bool = False) -> None:
         copies = [stored] if shown is None or shown is stored else [stored, shown]
-        parts = [_part(copy) for copy in copies]
+        parts = [part for copy in copies for part in _parts(copy)]
         self._parts = [part.t() for part in parts] if transposed else parts
         self._stored = stored
-        self.shape = torch.Size(reversed(stored.shape)) if transposed else stored.shape
+        shape = full_shape(stored)
+        self.shape = torch.Size(reversed(shape)) if transposed else shape
         self.dtype, self.device = stored.dtype, stored.device
 
     def read(self, block: Slice) -> Tensor:
         """Copy of a block's values as lines, from all processes."""
-        if block.axis == "entries":
-            return self.at(*self._coordinates(block)).unsqueeze(0)
-        lines = torch.zeros(block.width, line_length(block.axis, self._size), dtype=self.dtype, device=self.device)
-        where, own = _overlap(self._parts[0], block)
-        lines[where] = own
-        return _gather([(lines, self._stored)])[0]
+        part, lines = self._parts[0], self._lines(block)
+        if isinstance(part, _Flat) or block.axis == "entries":
+            return self.at(*self._coordinates(block)).reshape(lines)
+        values = torch.zeros(lines, dtype=self.dtype, device=self.device)
+        where, own = _overlap(part, block)
+        values[where] = own
+        return _gather([(values, self._stored)])[0]
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Values of single entries, from all processes."""
-        values = torch.zeros(len(rows), dtype=self.dtype, device=self.device)
-        inside, place = _inside(self._parts[0], rows.to(self.device), columns.to(self.device))
-        values[inside] = self._parts[0].values[place]
-        return _gather([(values, self._stored)])[0]
+        part = self._parts[0]
+        device = part.values.device  # of offloaded pieces the CPU
+        values = torch.zeros(len(rows), dtype=self.dtype, device=device)
+        inside, place = _inside(part, rows.to(device), columns.to(device))
+        values[inside] = part.values[place]
+        return _gather([(values, self._stored)])[0].to(self.device)
 
     def write(self, block: Slice, values: Tensor) -> None:
         """Overwrite this process's part of a block with ``values`` (all of its lines)."""
         for part in self._parts:
             given = values.to(part.values)
-            if block.axis == "entries":
+            if isinstance(part, _Flat) or block.axis == "entries":
                 rows, columns = (index.to(given.device) for index in self._coordinates(block))
                 inside, place = _inside(part, rows, columns)
                 part.values[place] = given.reshape(-1)[inside]
@@ -139,9 +160,21 @@ class ShardedMatrix:
     def _size(self) -> tuple[int, int]:
         return self.shape[0], self.shape[1]
 
+    def _lines(self, block: Slice) -> tuple[int, int]:
+        """How many lines a block has, and how long they are."""
+        if block.axis == "entries":
+            return 1, block.width
+        return block.width, line_length(block.axis, self._size)
+
     def _coordinates(self, block: Slice) -> tuple[Tensor, Tensor]:
-        index = entry_indices(block, self._size)
-        return index // self.shape[1], index % self.shape[1]
+        """Row and column of each of a block's entries, line by line."""
+        if block.axis == "entries":
+            index = entry_indices(block, self._size)
+            return index // self.shape[1], index % self.shape[1]
+        width, length = self._lines(block)
+        line = torch.arange(block.start, block.start + width, device=self.device).repeat_interleave(length)
+        along = torch.arange(length, device=self.device).repeat(width)
+        return (line, along) if block.axis == "row" else (along, line)
 
 
 def whole(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -149,10 +182,13 @@ def whole(parameters: Sequence[Tensor]) -> list[Tensor]:
     buffers = []
     for parameter in parameters:
         if is_sharded(parameter):
-            part = _part(parameter)
-            buffer = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            where, own = _overlap(part, Slice("row", 0, parameter.shape[0]))
-            buffer[where] = own
+            part = _parts(parameter)[0]
+            buffer = torch.zeros(full_shape(parameter), dtype=parameter.dtype, device=parameter.device)
+            if isinstance(part, _Flat):
+                buffer.view(-1)[part.first : part.first + part.values.numel()] = part.values
+            else:
+                where, own = _overlap(part, Slice("row", 0, parameter.shape[0]))
+                buffer[where] = own
             buffers.append((buffer, parameter))
     gathered = iter(_gather(buffers))
     return [next(gathered) if is_sharded(parameter) else parameter.data for parameter in parameters]
@@ -160,22 +196,29 @@ def whole(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 def full(tensor: Tensor) -> Tensor:
     """A tensor that is spread over processes, gathered; others as they are."""
-    return cast(DTensor, tensor).full_tensor() if is_sharded(tensor) else tensor
+    if is_spread(tensor):
+        return whole([tensor])[0]
+    return cast(DTensor, tensor).full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def put_whole(parameter: Tensor, shown: Tensor, values: Tensor) -> None:
     """Overwrite this process's part of a sharded parameter, and the copy that its module shows."""
-    ShardedMatrix(parameter, shown).write(Slice("row", 0, parameter.shape[0]), values)
+    ShardedMatrix(parameter, shown).write(Slice("row", 0, full_shape(parameter)[0]), values)
 
 
-def refuse_engine(weight: Any, parameter: Any, layer: Any) -> None:
-    """Raise `UnsupportedError` inside a forward of an engine that takes a layer's parameters apart; watch ZeRO's."""
-    for tensor in (weight, parameter):
+def refuse_engine(tensors: Sequence[Any], layer: Any) -> None:
+    """Raise `UnsupportedError` inside a forward of an engine that takes a layer's parameters apart; watch ZeRO's.
+
+    Args:
+        tensors: the weight, if slices are written to it, and the slice's parameter.
+        layer: whose forward it is.
+    """
+    for tensor in tensors:
         if type(tensor) is nn.Parameter and not tensor.__dict__:  # every forward of every layer comes here
             continue
-        refuse_stage_3(tensor, layer.label)
-        if is_partitioned(tensor):
-            if tensor is weight:
+        if is_spread(tensor) or has_master(tensor):
+            layer.check_spread()
+            if tensor is not tensors[-1] and has_master(tensor):
                 raise UnsupportedError(
                     f"{layer.label}: DeepSpeed's optimizer holds the weight, which slices freeze. Make the slices "
                     "first (attach, get_peft_model), then the optimizer and the engine."
@@ -187,16 +230,23 @@ def refuse_engine(weight: Any, parameter: Any, layer: Any) -> None:
                 f"{layer.label}: FSDP1 flattens the parameters of several layers into one, so there are no rows and "
                 "columns to train. Use FSDP2: fully_shard(model), or fsdp_version: 2 in accelerate's configuration."
             )
-        if is_sharded(tensor):
+        if _is_dtensor(tensor):
             raise UnsupportedError(
                 f"{layer.label}: its forward runs on a part of the weight (tensor parallelism), and a slice needs "
                 "whole rows and columns. Use FSDP2 instead of parallelize_module or tp_plan."
             )
 
 
+def _parts(tensor: Tensor) -> Sequence[_Part | _Flat]:
+    """This process's part of a matrix, and what DeepSpeed has gathered of it."""
+    if not is_spread(tensor):
+        return [_part(tensor)]
+    return [_Flat(values, first, (full_shape(tensor)[1:].numel(), 1)) for values, first in pieces(tensor)]
+
+
 def _part(tensor: Tensor) -> _Part:
     """This process's part of a matrix; all of it, if the tensor is not sharded."""
-    if not is_sharded(tensor):
+    if not _is_dtensor(tensor):
         return _Part(tensor.data, 0, 0)
     shard = cast(DTensor, tensor)
     values = cast(DTensor, shard.detach()).to_local()
@@ -230,8 +280,12 @@ def _overlap(part: _Part, block: Slice) -> tuple[tuple[slice, slice], Tensor]:
     return where, values[min(low - first, values.shape[0]) : high - first]
 
 
-def _inside(part: _Part, rows: Tensor, columns: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _inside(part: _Part | _Flat, rows: Tensor, columns: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Which of some entries a process holds, and where they lie in its part."""
+    if isinstance(part, _Flat):
+        place = rows * part.strides[0] + columns * part.strides[1] - part.first
+        inside = (place >= 0) & (place < part.values.numel())
+        return inside, (place[inside],)
     rows, columns = rows - part.row, columns - part.column
     height, width = part.values.shape
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
@@ -246,17 +300,24 @@ def _gather(buffers: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """
     buffers = list(buffers)
     result = [buffer for buffer, _ in buffers]
-    groups: dict[tuple[Any, int], list[int]] = {}
+    groups: dict[tuple[Any, torch.device | str], list[int]] = {}
     for i, (_, source) in enumerate(buffers):
-        shard = cast(DTensor, source)
-        dimension, place = _sharding(shard)
-        if dimension is not None:
-            groups.setdefault((shard.device_mesh, place), []).append(i)
-    for (mesh, place), members in groups.items():
+        place = _group(source)
+        if place is not None:
+            groups.setdefault(place, []).append(i)
+    for (group, device), members in groups.items():
         parts = [result[i].reshape(-1).view(torch.uint8) for i in members]
-        flat = torch.cat(parts).to(mesh.device_type)
-        torch.distributed.all_reduce(flat, group=mesh.get_group(place))
+        flat = torch.cat(parts).to(device)
+        torch.distributed.all_reduce(flat, group=group)
         for i, piece in zip(members, torch.split(flat, [part.numel() for part in parts]), strict=True):
             buffer = result[i]
             result[i] = piece.clone().to(buffer.device).view(buffer.dtype).reshape(buffer.shape)
     return result
+
+
+def _group(tensor: Any) -> tuple[Any, torch.device | str] | None:
+    """The processes over which a tensor is sharded, and the device that they send from; None if each has all of it."""
+    if is_spread(tensor):
+        return tensor.ds_process_group, tensor.device
+    dimension, place = _sharding(tensor)
+    return None if dimension is None else (tensor.device_mesh.get_group(place), tensor.device_mesh.device_type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .geometry import Slice
 from .journal import Journal
 from .schedule import Schedule
 from .window import Place
+from .zero import is_spread
 
 __all__ = [
     "AdapterState",
@@ -37,7 +38,14 @@ def new_stamp() -> int:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; tensors made under ``torch.inference_mode`` do not count."""
+    """How often a tensor was written to; tensors made under ``torch.inference_mode`` do not count.
+
+    Of what ZeRO's stage 3 spreads the pieces count, which all processes write at the same time, with numbers of their
+    own: from the spreading on it is another version everywhere.
+    """
+    if is_spread(tensor):
+        pieces = cast(Tensor, cast(Any, tensor).ds_tensor)
+        return -1 - pieces._version
     return 0 if tensor.is_inference() else tensor._version
 
 

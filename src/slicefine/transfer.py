@@ -19,6 +19,7 @@ from .schedule import slice_at
 from .sharded import ShardedMatrix, is_sharded
 from .state import AdapterState, SampledEntry, base_sample, same_base
 from .weights import WeightKind
+from .zero import register_gathered_hook
 
 __all__ = [
     "BESIDE",
@@ -59,6 +60,7 @@ class Holder(Protocol):
     def transposed(self) -> bool: ...
     @property
     def base_weight(self) -> Tensor: ...
+    def room(self, name: str) -> torch.Size: ...
     def values(self, name: str) -> Tensor: ...
     def put(self, name: str, values: Tensor) -> None: ...
     def dense(self) -> Matrix: ...
@@ -112,6 +114,18 @@ class AdapterTensors(nn.Module):
             _stage(owner, name, self._kind, value)
         else:
             super().__setattr__(name, value)
+
+
+def _complete(model: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Put what DeepSpeed's state dict lacks into it: it was made from parameters and buffers alone."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, AdapterTensors):
+            for key in [key for key in state_dict if key.startswith(f"{prefix}.")]:
+                del state_dict[key]
+            module._save_to_state_dict(state_dict, f"{prefix}.", keep_vars=False)
+
+
+register_gathered_hook(_complete)
 
 
 # -- out ----------------------------------------------------------------------------------------------------------
@@ -241,12 +255,12 @@ def expect(layer: Holder, name: str, layout: dict[str, tuple[int, ...]], sample:
 
 def check_tensors(layer: Holder, name: str, tensors: dict[str, Tensor]) -> None:
     """Raise `AdapterFileError` unless a file's tensors, ``active`` among them, fit adapter ``name``."""
-    parameter = layer.slicefine_active[name]
+    room = layer.room(name)
     active = tensors.get("active")
-    if active is None or active.shape != parameter.shape or "journal" not in tensors:
+    if active is None or active.shape != room or "journal" not in tensors:
         raise AdapterFileError(
             f"{layer.label}: the file has an active block of shape {None if active is None else tuple(active.shape)}"
-            f"{'' if 'journal' in tensors else ' and no journal'}, expected {tuple(parameter.shape)}. The file is "
+            f"{'' if 'journal' in tensors else ' and no journal'}, expected {tuple(room)}. The file is "
             "incomplete, or was made for another base model, rank or mode."
         )
     unpack(tensors, active, layer.shape, layer.label)

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .errors import ConfigError, UnsupportedError
 from .geometry import Slice
 from .quantised import format_of, place_of
+from .zero import full_shape, look_at
 
 __all__ = [
     "TRAINABLE",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 TRAINABLE = "linear (nn.Linear, Conv1D, quantised), nn.MultiheadAttention, nn.Embedding and convolution"
+_OUTPUTS = {"transposed": 1, "stack": 1, "stack transposed": 2}  # the dimension of output units, if not the first
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -70,8 +72,9 @@ class WeightKind:
         """``(rows, columns)`` of a layer's matrix; a quantised weight has another shape."""
         if self.layout == "quantised":
             return int(cast(int, layer.out_features)), int(cast(int, layer.in_features))
-        rows, *rest = self.matrix(cast(Tensor, getattr(layer, self.parameter))).shape
-        return rows, torch.Size(rest).numel()
+        sizes = list(full_shape(look_at(layer, self.parameter)))
+        rows = sizes.pop(_OUTPUTS.get(self.layout, 0))
+        return rows, torch.Size(sizes).numel()
 
     def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
         """A ``(rows, columns)`` matrix in the weight's own shape."""
@@ -202,18 +205,18 @@ def _kind_of_parameter(layer: nn.Module, parameter: str) -> WeightKind | None:
         return None  # its options look at all of the weight, or change it, in each forward
     if own is not None and own.parameter == parameter:
         return own
-    if weight.dim() == 3:
+    if len(full_shape(weight)) == 3:
         # transformers says so where its experts multiply from the other side
         layout = "stack transposed" if getattr(layer, "is_transposed", False) else "stack"
-        return WeightKind(layout, parameter, unit=weight.shape[0])
-    return WeightKind("packed", parameter) if weight.dim() == 2 else None
+        return WeightKind(layout, parameter, unit=full_shape(weight)[0])
+    return WeightKind("packed", parameter) if len(full_shape(weight)) == 2 else None
 
 
 def _is_plain(weight: object) -> bool:
     # a parametrised weight (weight norm, pruning) is computed anew by each forward: it is not a parameter
     if not isinstance(weight, nn.Parameter) or nn.parameter.is_lazy(weight):
         return False
-    return weight.is_floating_point() and weight.dim() >= 2
+    return weight.is_floating_point() and len(full_shape(weight)) >= 2
 
 
 def is_transposed(layer: nn.Module) -> bool:

@@ -407,7 +407,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
             path = path.removeprefix("base_model.model.")
             active = f"{path}.{cls.prefix}active"
             for key in [key for key in result if f".{active}" in f".{key}"]:
-                result[key] = whole([result[key]])[0]  # under FSDP2: gathered, like the finished slices
+                gathered = result[key].shape == layer.room(adapter_name)  # at ZeRO's stage 3 nothing may be here
+                # under FSDP2: gathered, like the finished slices
+                result[key] = whole([result[key]])[0] if gathered else layer.values(adapter_name)
                 if config.save_values == "base":
                     result[key] = result[key].to(layer.dense().dtype)
             config.layout[name] = {kind: list(tensor.shape) for kind, tensor in tensors.items()}

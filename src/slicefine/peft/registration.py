@@ -59,9 +59,9 @@ def _count_active_entries() -> None:
             if not isinstance(layer, SliceLayer):
                 continue
             for name, parameter in layer.slicefine_active.items():
-                total -= parameter.numel()
+                total -= layer.room(name).numel()
                 if parameter.requires_grad:
-                    trainable -= parameter.numel() - layer.active_entries(name)
+                    trainable -= layer.room(name).numel() - layer.active_entries(name)
         return trainable, total
 
     def print_trainable_parameters(self: Any) -> None:
