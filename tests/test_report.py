@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -164,7 +165,7 @@ def test_a_run_with_slices_has_every_section(files: Path, tmp_path: Path, capsys
         f"{len(metrics['moves'])}, after steps {', '.join(map(str, metrics['moves']))}",
         f"{metrics['after']['validation']['accuracy']:.4f}",
         f"{metrics['before']['validation']['accuracy']:.4f} before training",
-        f"torch {torch.__version__}",
+        f"torch {version('torch')}",
         "training 42, data 0",
         "<dt>time per step</dt>",
     ):
