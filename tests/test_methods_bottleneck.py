@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
 from bottleneck_helpers import MASK, bert, build, check_trains, fill_prefix, llama, logits, recorded, recorded_base
+from slicefine.bench.workload import enable_checkpointing
 from slicefine.errors import ConfigError
 from slicefine.methods import Base, find, options_of
 from slicefine.methods.base import block_outputs
@@ -118,7 +119,7 @@ def test_a_parallel_adapter_is_of_its_own_model_and_pass():
     before = logits(model)
     assert not torch.allclose(logits(copied), before)
     assert torch.equal(logits(model), before)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     model.train()
     assert_close(logits(model), before)
 

@@ -197,7 +197,9 @@ def find_device(name: str | None) -> torch.device:
         ConfigError: if it cannot be used.
     """
     if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # a build of torch for GPUs names its accelerator where there is none, too
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
