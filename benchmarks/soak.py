@@ -10,6 +10,7 @@ file. Then the slow twin (`slicefine.reference`) makes the same steps, and all w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -68,7 +69,11 @@ def tensor_bytes() -> int:
     """Bytes of all tensors alive, each storage once."""
     gc.collect()
     found = [item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter)]  # no fake ones of a compiler
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+    sizes = {}
+    for tensor in found:
+        with contextlib.suppress(RuntimeError):  # one that a compiler left without a storage
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
 def look(tuner: SliceTuner, folder: str) -> dict[str, int]:

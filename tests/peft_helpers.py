@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import peft as native
 
 from slicefine import SliceFineConfig
 from slicefine.peft import SliceFineLinear
@@ -17,6 +20,10 @@ from slicefine.peft import SliceFineLinear
 THIRD_PARTY = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft asks for it
 ]
+
+# transformers 5.24 wants a version of PEFT that was not released yet for its own adapter methods
+PEFT_IS_TOO_OLD = Version(version("peft")) < Version(native.MIN_PEFT_VERSION)
+NATIVE_REASON = f"transformers wants peft>={native.MIN_PEFT_VERSION} for it, {version('peft')} is installed"
 
 MODES = ("row", "column", "alternate", "random_mask")
 IDS = torch.arange(24).reshape(3, 8) % 29

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pages import text_of
 
-from peft_helpers import THIRD_PARTY
+from peft_helpers import NATIVE_REASON, PEFT_IS_TOO_OLD, THIRD_PARTY
 from readme_blocks import SHELL, Block, blocks, commands, python_script
 from slicefine.cli import main
 
@@ -63,6 +63,9 @@ def run_block(block: Block, page: str, scope: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    quantises = any("4bit" in line for block in blocks(text_of(name)) for line in block.code)
+    if quantises and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {"__name__": "page"}
     for block in blocks(text_of(name)):
@@ -106,6 +109,8 @@ def test_the_section_runs(title: str, tmp_path: Path, monkeypatch: pytest.Monkey
     missing = sorted(name for name in libraries(SECTIONS[title]) if importlib.util.find_spec(name) is None)
     if missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
+    if PEFT_IS_TOO_OLD and ".add_adapter(" in SECTIONS[title]:
+        pytest.skip(NATIVE_REASON)
     monkeypatch.chdir(tmp_path)
     exec(compile(SECTIONS[title], ECOSYSTEMS, "exec"), {"__name__": "section"})
 

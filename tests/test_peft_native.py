@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_helpers import THIRD_PARTY, config, llama, logits, same, train, weights
+from peft_helpers import NATIVE_REASON, PEFT_IS_TOO_OLD, THIRD_PARTY, config, llama, logits, same, train, weights
 from slicefine import movers_of
 
 pytestmark = [
     *THIRD_PARTY,
+    pytest.mark.skipif(PEFT_IS_TOO_OLD, reason=NATIVE_REASON),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning"),  # transformers adds a second one
 ]
 
