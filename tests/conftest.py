@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("slicefine", deadline=None, derandomize=True, max_examples=40, database=None)
+settings.register_profile("slicefine", deadline=None, derandomize=True, max_examples=25, database=None)
 settings.load_profile("slicefine")
 
 
