@@ -22,7 +22,7 @@ nox.options.default_venv_backend = "venv"
 
 TOOLS = ["hypothesis", "parameterized", "pytest", "pytest-xdist", "pytorch-cka", "tensorboard"]
 VERSIONS = {
-    # the lower bounds of the extra `train`; of the package alone and `peft` they are lower: torch 2.6, transformers 5.0
+    # the lower bounds of the extra `train`, with the oldest torch that was run with it (docs/results/tests.md)
     "oldest": [
         "torch==2.9.1",
         "accelerate==1.10.0",

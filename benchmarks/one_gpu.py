@@ -54,7 +54,8 @@ def engines(smoke: bool) -> dict[str, Engine]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.detach().to("cpu", copy=True)  # a copy on the device would count in the peak
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import safe_globals  # type: ignore[attr-defined]  # older versions have it here alone
+from transformers.trainer_pt_utils import safe_globals
 
 from ..errors import AdapterFileError
 from ..files.adapter import CONFIG, WEIGHTS, check_sealed, mend, read_config

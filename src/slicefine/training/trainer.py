@@ -74,7 +74,7 @@ class SliceTrainer(Trainer):  # type: ignore[misc]
             rate, decay = self.args.learning_rate, self.args.weight_decay
             self.optimizer = self._method.optimizer(cast(nn.Module, self.model), self._options, rate, decay)
         try:
-            optimizer = super().create_optimizer(*(() if model is None else (model,)))  # older versions take none
+            optimizer = super().create_optimizer(model)
         except ImportError as error:
             name = getattr(self.args.optim, "value", self.args.optim)
             raise ConfigError(f"training.optimizer={name!r}: {error}") from error
