@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import compare_versions
 from torch import Tensor, nn
 
 from core_helpers import batches, mlp, step
@@ -33,6 +34,9 @@ from slicefine.geometry import Slice
 from slicefine.journal import visit_table
 from slicefine.transfer import expect_checkpoint
 from slicefine.tuner import attach
+
+# below 1.15 accelerate loses a part of FSDP2's checkpoints, which slicefine refuses to resume from
+RESUMES = compare_versions("accelerate", ">=", "1.15")
 
 
 def _sharded(model: nn.Sequential, **settings: Any) -> Callable[[bool], Any]:

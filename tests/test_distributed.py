@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,9 @@ import distributed_jobs as jobs
 import sharded_jobs as sharded
 from core_helpers import batches, lines_of, step
 from peft_helpers import THIRD_PARTY
+from slicefine.errors import UnsupportedError
 from slicefine.journal import read_table
+from slicefine.peft import sharded_checkpoints
 from slicefine.schedule import Schedule
 from slicefine.training.gpus import loads, shape_of
 
@@ -37,15 +40,20 @@ pytestmark = [
     ),
 ]
 
-# that of 2.9 ends a process in its own send; the versions between were not tried
-PIPELINES = torch.__version__ >= TorchVersion("2.13")
+RECENT = torch.__version__ >= TorchVersion("2.13")  # 2.9 is another, the versions between were not tried
+PIPELINES = RECENT  # 2.9 ends a process in its own send
+# FSDP2 of 2.9 does some of its arithmetic in float32: a model of float64 without slices is off by 4e-8 there
+FSDP2_ROUNDS: dict[str, float] = {} if RECENT else {"atol": 1e-6, "rtol": 1e-5}
 JOBS = [jobs.ddp, jobs.ddp_resumed, jobs.ddp_unlike, jobs.trainer_ddp, jobs.trainer_ddp_resumed, jobs.epoch_order]
 JOBS += [jobs.pipeline] if PIPELINES else []
 JOBS += [sharded.fsdp2, sharded.fsdp2_kept, sharded.fsdp2_variants, sharded.fsdp2_precision, sharded.fsdp2_saves]
 JOBS += [sharded.fsdp2_traffic, sharded.fsdp2_resumed, sharded.fsdp2_guards, sharded.peft_fsdp2]
 JOBS += [sharded.peft_biases]
-JOBS += [sharded.trainer_fsdp2, sharded.trainer_fsdp2_resumed]
-JOBS += [sharded.peft_sharded_file, sharded.trainer_fsdp2_sharded, sharded.trainer_fsdp2_sharded_resumed]
+JOBS += [sharded.trainer_fsdp2, sharded.peft_sharded_file, sharded.trainer_fsdp2_sharded]
+RESUMED = [sharded.trainer_fsdp2_resumed, sharded.trainer_fsdp2_sharded_resumed]
+JOBS += RESUMED if sharded.RESUMES else []
+
+resumes = pytest.mark.skipif(not sharded.RESUMES, reason="below 1.15 accelerate loses a part of FSDP2's checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,8 @@ def found(alone, folder):
 @pytest.fixture(scope="module")
 def four(found, folder):
     """What four processes found; some go on from what two wrote."""
-    return jobs.launch([jobs.ddp_four, sharded.fsdp2_four, sharded.trainer_fsdp2_four], folder, world=4)
+    work = [jobs.ddp_four, sharded.fsdp2_four] + ([sharded.trainer_fsdp2_four] if sharded.RESUMES else [])
+    return jobs.launch(work, folder, world=4)
 
 
 def of(found, job):
@@ -86,13 +95,13 @@ def of(found, job):
     return found[job]
 
 
-def same_trajectory(one, other):
+def same_trajectory(one, other, **tolerances):
     """The same visits on every layer, and weights and parameters alike."""
     for mine, its in zip(one["visits"], other["visits"], strict=True):
         assert torch.equal(mine, its)
     for key in ("weights", "active", "originals"):
         for mine, its in zip(one[key], other[key], strict=True):
-            assert_close(mine, its)
+            assert_close(mine, its, **tolerances)
 
 
 @pytest.mark.parametrize("mode", jobs.MODES)
@@ -355,17 +364,31 @@ def test_trainer_under_fsdp2_gives_the_run_of_one_process(found, alone, folder):
         assert_close(tensor, two[key], atol=1e-4, rtol=1e-3)
 
 
+@resumes
 @pytest.mark.parametrize("job", ["trainer_fsdp2_resumed", "trainer_fsdp2_sharded_resumed"])
 def test_trainer_under_fsdp2_resumes(job, found, alone):
     for result in of(found, job):
         same_run(result, alone["trainer"], slice(3, None))
 
 
+@resumes
 @pytest.mark.parametrize("kind", ["FULL", "SHARDED"])
 def test_trainer_under_fsdp2_resumes_on_more_processes(kind, found, four, alone):
     of(found, "trainer_fsdp2_sharded")
     for result in of(four, "trainer_fsdp2_four"):
         same_run(result[kind], alone["trainer"], slice(3, None))
+
+
+def test_a_resume_that_would_lose_a_part_is_refused(monkeypatch):
+    """Versions of accelerate that the tests do not run with; in one process nothing is lost."""
+    two, alone, plain = (
+        SimpleNamespace(is_fsdp2=fsdp2, num_processes=count) for fsdp2, count in ((True, 2), (True, 1), (False, 2))
+    )
+    monkeypatch.setattr(sharded_checkpoints, "compare_versions", lambda library, sign, wanted: True)
+    with pytest.raises(UnsupportedError, match="leaves the optimizer's state out.*Install accelerate 1.15"):
+        sharded_checkpoints.refuse_old_accelerate(two)
+    sharded_checkpoints.refuse_old_accelerate(alone)
+    sharded_checkpoints.refuse_old_accelerate(plain)
 
 
 def test_an_adapter_in_parts_is_read_with_head_and_biases(found):

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_helpers import THIRD_PARTY, config, layers, llama, logits, same, weights
 from slicefine import Slice, SliceFineCallback, movers_of
+from slicefine.errors import AdapterFileError
 
 pytestmark = [
     *THIRD_PARTY,
@@ -195,6 +196,16 @@ def test_the_callback_tells_the_length_to_loops_that_are_no_trainer():
     SliceFineCallback().on_train_begin(None, State(), None, model=model)
     assert movers_of(model)[0].plan is not None
     assert movers_of(model)[0].plan.interval == 2
+
+
+def test_a_checkpoint_that_was_not_read_is_no_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else the run would go on from the base model, with the schedule of a later step."""
+    run(tmp_path, Watch(stop=5))
+    model = get_peft_model(llama(), config("row", interval=None, moves=3, minimum_steps=1))
+    going_on = trainer(model, tmp_path)
+    monkeypatch.setattr(going_on, "_load_from_checkpoint", lambda *args, **kwargs: None)
+    with pytest.raises(AdapterFileError, match="resumes after step 5, .*the checkpoint was not read into the model"):
+        going_on.train(resume_from_checkpoint=True)
 
 
 class Poison(TrainerCallback):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedError
-from .sharded import full, is_sharded, sharded_parameter
+from .sharded import full, placed_like, sharded_parameter
 
 __all__ = ["Biases"]
 
@@ -98,16 +98,6 @@ class Biases:
         """Unseen by autograd: no backward reads a bias, and one may come after the adapter was off for a while."""
         for name in self.places:
             stored, shown = self._stored(name), self._shown(name)
-            stored.data.copy_(_like(values[name], stored))
+            stored.data.copy_(placed_like(values[name], stored))
             if shown is not stored:  # the copy that FSDP2 gathered for a forward
                 shown.data.copy_(full(values[name]))
-
-
-def _like(values: Tensor, stored: Tensor) -> Tensor:
-    """Values spread over processes as a parameter is; of whole ones, the first process's count."""
-    if not is_sharded(stored) or is_sharded(values):
-        return values
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(stored, DTensor)
-    return distribute_tensor(values.to(stored.to_local()), stored.device_mesh, stored.placements)

@@ -23,6 +23,7 @@ __all__ = [
     "full",
     "is_sharded",
     "is_whole",
+    "placed_like",
     "put_whole",
     "refuse_engine",
     "sharded_parameter",
@@ -199,6 +200,16 @@ def full(tensor: Tensor) -> Tensor:
     if is_spread(tensor):
         return whole([tensor])[0]
     return cast(DTensor, tensor).full_tensor() if _is_dtensor(tensor) else tensor
+
+
+def placed_like(values: Tensor, stored: Tensor) -> Tensor:
+    """Values spread over processes as an FSDP2 parameter is; of whole ones, the first process's count."""
+    if not _is_dtensor(stored) or _is_dtensor(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    shard = cast(DTensor, stored)
+    return distribute_tensor(values.to(shard.to_local()), shard.device_mesh, shard.placements)
 
 
 def put_whole(parameter: Tensor, shown: Tensor, values: Tensor) -> None:

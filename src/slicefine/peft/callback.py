@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
+from ..errors import AdapterFileError
 from ..mover import Mover, movers_of
 
 __all__ = ["SliceFineCallback", "kept_by"]
@@ -44,9 +45,17 @@ class SliceFineCallback(TrainerCallback, ExportableState):
         self._resumed_epoch = [epoch] if isinstance(epoch, str) else epoch
         self._movers = movers_of(model) if model is not None else []
         for mover in self._movers:
-            mover.begin_run(state.max_steps, done=state.global_step, start=starts.get(mover.name))
-            self.starts[mover.name] = mover.run_start
+            start = starts.get(mover.name)
             self.skipped[mover.name] = list(found.get("skipped", {}).get(mover.name, ()))
+            mover.begin_run(state.max_steps, done=state.global_step, start=start)
+            if mover.step == start and mover.trains and self._trained(mover, state.global_step):
+                raise AdapterFileError(
+                    f"adapter {mover.name!r}: the run resumes after step {state.global_step}, but the slices are where "
+                    "they were when it began: the checkpoint was not read into the model. It was written by another "
+                    "version of accelerate, or loaded by other means; read its adapter with PeftModel.from_pretrained "
+                    "and begin a run from there."
+                )
+            self.starts[mover.name] = mover.run_start
             for entry in state.log_history if state.global_step else []:  # a resumed run's, from before
                 mover.note(self._trained(mover, entry.get("step")), **_measured(entry))
 

@@ -24,7 +24,7 @@ from ..mover import Mover
 from ..pace import check_progress
 from ..quantised import format_of, place_of
 from ..schedule import Schedule
-from ..sharded import whole
+from ..sharded import placed_like, whole
 from ..state import read_sample
 from ..targets import set_module, shared_names, warn_about_unknown
 from ..transfer import BESIDE, ORIGINALS, check_tensors, expect, file_tensors, load_tensors, tensor_name, weight_facts
@@ -464,7 +464,9 @@ class SliceFineModel(BaseTuner):  # type: ignore[misc]
         if biases is not None:
             keys = find_biases(biases, model, renamed)
             biases.load({name: renamed.pop(key) for name, key in keys.items()})
-        return renamed
+        # PEFT 0.21.2 does it with newer versions of transformers; else it would copy whole tensors into parts
+        places = {key: parameter for key, parameter in model.named_parameters() if key in renamed}
+        return renamed | {key: placed_like(renamed[key], parameter) for key, parameter in places.items()}
 
 
 def _sliced_layers(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, SliceFineLinear]]:
