@@ -19,6 +19,7 @@ from slicefine.methods import Base, Method, find, methods, options_of
 from slicefine.methods.base import MethodLayer, block_outputs, merge_layers
 from slicefine.methods.files import METHOD_FILE, TENSORS_FILE, load_tensors, save_tensors
 from slicefine.mover import movers_of
+from slicefine.training.counts import bias_entries
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks for it
@@ -148,6 +149,33 @@ def test_trained_entries_follow_the_formula(name: str, family: str):
         else sum(p.numel() for p in model.parameters() if p.requires_grad) - heads
     )
     assert found == expected
+
+
+@pytest.mark.parametrize("bias", ["all", "slicefine_only"])
+def test_biases_beside_slices_are_counted(bias: str):
+    base, method = bert(), find("slicefine")
+    options = options_of(method, {**SMALL.get("slicefine", {}), "bias": bias})
+    expected = method.count(base, options)
+    without = method.count(base, {**options, "bias": "none"})
+    whole = [name for name, _ in base.model.named_parameters() if name.endswith(".bias") and "classifier" not in name]
+    if bias == "slicefine_only":
+        whole = [name for name in whole if "LayerNorm" not in name]
+    assert expected - without == sum(base.model.get_parameter(name).numel() for name in whole)
+    model = method.build(base, options)
+    assert bias_entries(model) == expected - without
+    assert movers_of(model)[0].active_entries() == without
+
+
+def test_biases_of_packed_attention_are_biases():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.norm = nn.MultiheadAttention(8, 2), nn.LayerNorm(8)
+
+    base = Base(Attention())
+    assert find("bitfit").count(base, {}) == 24 + 8 + 8
+    trained = {n for n, p in find("bitfit").build(base, {}).named_parameters() if p.requires_grad}
+    assert trained == {"attention.in_proj_bias", "attention.out_proj.bias", "norm.bias"}
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)

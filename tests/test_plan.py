@@ -47,6 +47,23 @@ def test_the_run_has_what_was_forecast(tmp_path: Path, mode, r, window):
     assert forecast.file == pytest.approx(report["file_bytes"], rel=0.1)
 
 
+@pytest.mark.parametrize("bias", ["all", "slicefine_only"])
+def test_the_run_has_the_biases_that_were_forecast(tmp_path: Path, bias):
+    """They count as trained and as changed, and lie in the file, which reloads."""
+    model, data = save_bert(tmp_path / "model"), save_reviews(tmp_path / "data")
+    settings = recipe(model, data, tmp_path / "run", slice__mode="row", slice__bias=bias, verify=True)
+    settings.training.load_best = False
+    (plain,) = forecasts(full(replace(settings, slice=replace(settings.slice, bias="none"))), ["row"], [2], 2, 1)
+    (forecast,) = forecasts(full(settings), ["row"], [2], batches=2, rounds=1)
+    report = train(settings)
+    assert forecast.trainable == report["counts"]["trainable"] > plain.trainable
+    assert forecast.changed == report["counts"]["changed"]
+    assert forecast.trainable - plain.trainable == forecast.changed - plain.changed
+    assert forecast.file == pytest.approx(report["file_bytes"], rel=0.2)
+    assert report["reload_identical"] is True
+    assert report["unload_identical"] is True
+
+
 def trainer_batches(session, settings):
     """Every batch of an epoch, as transformers' Trainer makes them with these settings."""
     rows, size = session.prepared.splits["train"], settings.training.batch_size

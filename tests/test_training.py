@@ -572,6 +572,7 @@ def test_data_errors_leave_nothing(bert: str, reviews: str, tmp_path: Path):
         (lambda: SliceSettings(r=0), r"slice: row rank r=0 must be an integer of at least 1"),
         (lambda: SliceSettings(moves=None), r"slice: give either moves= .* or interval="),
         (lambda: SliceSettings(state_policy="x"), r"slice: state_policy='x' is unknown"),
+        (lambda: SliceSettings(bias="lora_only"), r"slice.bias='lora_only' is unknown; expected one of none, all, sli"),
         (lambda: MethodSettings("qlora"), r"method.name='qlora' is unknown; expected one of full, head, .*lora"),
         (lambda: MethodSettings("lora", {"rank": 4}), r"lora has no rank; its options are: r, alpha, dropout"),
         (lambda: MethodSettings("lora", {"r": 0}), r"method.options.r=0: expected a number like 8 for lora"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from .errors import UnsupportedError
 from .sharded import full, placed_like, sharded_parameter
 
-__all__ = ["Biases"]
+__all__ = ["BIASES", "BIAS_NAMES", "Biases"]
+
+BIASES = ("none", "all", "slicefine_only")  # which of them an adapter trains
+BIAS_NAMES = ("bias", "in_proj_bias")  # as modules call them; the second is packed attention's
 
 
 class Biases:
@@ -76,6 +80,10 @@ class Biases:
     def parameters(self) -> list[Tensor]:
         """The parameters themselves, as their modules show them."""
         return [self._shown(name) for name in self.places]
+
+    def entries(self) -> int:
+        """Of all biases together."""
+        return sum(math.prod(self.shape(name)) for name in self.places)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A bias' shape, wherever its parts are."""

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..biases import BIAS_NAMES
 from .base import Base, Method, Options, numbers
+from .whole import biases
 
 __all__ = ["METHODS", "build_slices"]
 
@@ -33,6 +35,7 @@ _OPTIONS = {
     "seed": None,
     "rank_pattern": None,
     "whole_heads": False,
+    "bias": "none",
     "coupled": False,
     "target_parameters": None,
 }
@@ -69,7 +72,14 @@ def _count(base: Base, options: Options) -> int:
             total += min(column, inputs) * outputs
         else:
             total += min(row, outputs) * inputs  # alternating slices begin with rows
-    return total
+    return total + sum(parameter.numel() for parameter in _biases(base, options["bias"]))
+
+
+def _biases(base: Base, which: str) -> list[nn.Parameter]:
+    if which == "none":
+        return []
+    layers = {f"{layer}.{name}" for layer in base.targets() for name in BIAS_NAMES}
+    return [parameter for name, parameter in biases(base).items() if which == "all" or name in layers]
 
 
 METHODS = (
@@ -77,7 +87,7 @@ METHODS = (
         name="slicefine",
         title="SliceFine",
         source="arXiv 2510.08513",
-        formula="rows r * inputs, columns r * outputs per weight, at a time",
+        formula="rows r * inputs, columns r * outputs per weight, at a time; bias: the biases",
         build=build_slices,
         count=_count,
         options=_OPTIONS,

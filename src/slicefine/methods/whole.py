@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..biases import BIAS_NAMES
 from ..errors import ConfigError, UnsupportedError
 from .base import Base, Method, Options, freeze
 
@@ -29,8 +30,8 @@ def _head(base: Base, options: Options) -> nn.Module:
 
 
 def biases(base: Base) -> dict[str, nn.Parameter]:
-    """All biases outside the head (norms' biases are among them, as in BitFit)."""
-    return _named(base, lambda module, name: name == "bias")
+    """All biases outside the head (those of norms and of packed attention are among them, as in BitFit)."""
+    return _named(base, lambda module, name: name in BIAS_NAMES)
 
 
 def norms(base: Base) -> dict[str, nn.Parameter]:

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..biases import Biases
+from ..biases import BIAS_NAMES, Biases
 from ..errors import AdapterFileError, ConfigError, UnsupportedError
 from ..sharded import is_sharded
 from .layer import SliceFineLinear
 
 __all__ = [
-    "BIASES",
     "bias_tensors",
     "biases_of",
     "check_one_has_biases",
@@ -23,8 +22,6 @@ __all__ = [
     "refuse_biases",
 ]
 
-BIASES = ("none", "all", "slicefine_only")
-_NAMES = ("bias", "in_proj_bias")  # the second is packed attention's
 _PREFIX = "base_model.model."
 _INSIDE = ".base_layer"
 _FSDP1 = "_fsdp_wrapped_module."  # in modules' names, but not in a state dict's
@@ -45,7 +42,7 @@ def hold_biases(model: nn.Module, adapter_name: str, bias: str, warn: bool = Tru
     owners = {id(layer._owner) for layer in layers}
     places = {}
     for name, module in _own_modules(model):
-        for parameter in _NAMES:
+        for parameter in BIAS_NAMES:
             wanted = bias == "all" or id(module) in owners
             if wanted and module._parameters.get(parameter) is not None:
                 places[_plain(f"{name}.{parameter}")] = (module, parameter)
@@ -123,7 +120,7 @@ def find_biases(biases: Biases, model: nn.Module, tensors: Mapping[str, Tensor])
     Raises:
         AdapterFileError: if one is missing, has another shape, or belongs to a module that has none here.
     """
-    found = {_plain(key): key for key in tensors if key.rpartition(".")[2] in _NAMES}
+    found = {_plain(key): key for key in tensors if key.rpartition(".")[2] in BIAS_NAMES}
     missing = sorted(biases.places.keys() - found.keys())
     if missing:
         raise AdapterFileError(

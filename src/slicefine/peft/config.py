@@ -13,6 +13,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from ..biases import BIASES
 from ..errors import AdapterFileError, ConfigError, SliceFineError, nearest
 from ..files.adapter import CONFIG, mend, owned_slices, read_config
 from ..geometry import Slice
@@ -20,7 +21,6 @@ from ..pace import MoveSettings
 from ..schedule import Schedule
 from ..tuner import ADAPTER_VERSION, share_visits
 from ..window import make_window
-from .biases import BIASES
 from .registration import NAME
 
 __all__ = ["SliceFineConfig"]

@@ -12,7 +12,7 @@ from ..journal import Visit
 from ..schedule import slices_of_others
 from ..state import AdapterState
 
-__all__ = ["layer_kind", "layer_touched", "model_touched", "touched_entries"]
+__all__ = ["bias_entries", "layer_kind", "layer_touched", "model_touched", "touched_entries"]
 
 
 def touched_entries(slices: Sequence[Slice], shape: tuple[int, int], others: Sequence[Slice] = ()) -> int:
@@ -47,11 +47,19 @@ def layer_touched(state: AdapterState, visits: Sequence[Visit], shape: tuple[int
     return touched_entries([v.slice for v in visits if v.last_step >= v.first_step], shape, others)
 
 
-def model_touched(model: Any) -> int:
-    """Distinct entries of all layers that at least one optimizer step trained, from the journals."""
+def bias_entries(model: Any) -> int:
+    """Entries of the biases that are trained whole beside the slices."""
     from ..mover import movers_of
 
-    total = 0
+    states = [layer.states[mover.name] for mover in movers_of(model) for layer in mover.layers.values()]
+    return sum(biases.entries() for biases in {state.biases for state in states if state.biases is not None})
+
+
+def model_touched(model: Any) -> int:
+    """Distinct entries of all layers that at least one optimizer step trained, from the journals, and biases."""
+    from ..mover import movers_of
+
+    total = bias_entries(model)
     for mover in movers_of(model):
         for layer in mover.layers.values():
             state = layer.states[mover.name]

@@ -22,7 +22,7 @@ from ..journal import Visit, history_count, visit_table
 from ..layer import SliceLayer
 from ..mover import Mover, movers_of
 from ..schedule import slice_at
-from .counts import layer_touched
+from .counts import bias_entries, layer_touched
 from .methods import make_trainable, tensor_counts, typical_batches
 from .plan import moves_of
 from .session import Session
@@ -130,6 +130,7 @@ def _forecast(
         (mover,) = movers_of(model)
         moves = moves_of(model, session.total_steps)
         counts = tensor_counts(model, session.loaded, settings.chosen_method)
+        beside = counts["head"] + bias_entries(model)  # trained whole
         mover.settings = replace(mover.settings, interval=10**9)  # the steps below must not move
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
@@ -145,13 +146,13 @@ def _forecast(
             mode=settings.slice.mode,
             r=settings.slice.r,
             trainable=counts["trainable"],
-            changed=_changed(mover, len(moves)) + counts["head"],
+            changed=_changed(mover, len(moves)) + beside,
             kept=kept,
             state=state,
             memory=_bytes(model.parameters()) + _bytes(trained) + state + kept,
             seconds=own / len(times),
             ratio=own / floor,
-            file=adapter_bytes(mover, len(moves)) + 4 * counts["head"],
+            file=adapter_bytes(mover, len(moves)) + 4 * beside,
             moves=moves,
         )
     finally:

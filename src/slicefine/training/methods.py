@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..methods import Base, Method, find, options_of
 from ..targets import linear_names
 from ..tasks.base import Loaded, Prepared, Task
+from .counts import bias_entries
 from .settings import SliceSettings, TrainSettings
 
 __all__ = [
@@ -168,7 +169,7 @@ def tensor_counts(model: Any, loaded: Loaded, method: Method) -> dict[str, int]:
     if method.additions == "0":  # what stands beside the base while it trains takes the place of entries there
         added = 0
     if movers:
-        trained = sum(mover.active_entries() for mover in movers) + head
+        trained = sum(mover.active_entries() for mover in movers) + bias_entries(model) + head
     return {"trainable": trained, "head": head, "total": loaded.entries, "added": added}
 
 

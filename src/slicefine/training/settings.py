@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..biases import BIASES
 from ..errors import ConfigError
 from ..initial import START_VALUES
 from ..methods import Method, find, options_of
@@ -112,6 +113,8 @@ class SliceSettings:
         layers_to_transform: indices of the layers to train; null is all.
         rank_pattern: rank of single layers, by name or regular expression.
         whole_heads: slices of attention's projections are whole heads: ranks are rounded up to the head size.
+        bias: biases to train whole beside the slices: none, all (of the model, norms included) or slicefine_only (of
+            the layers with slices).
         coupled: train both sides of the same hidden units at a time, with r_row: rows of up with the columns of down,
             rows of values with the columns of outputs.
     """
@@ -144,6 +147,7 @@ class SliceSettings:
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     whole_heads: bool = False
+    bias: str = "none"
     coupled: bool = False
 
     def __post_init__(self) -> None:
@@ -157,6 +161,8 @@ class SliceSettings:
         if self.importance not in _IMPORTANCE:
             known = ", ".join(_IMPORTANCE)
             raise ConfigError(f"slice.importance={self.importance!r} is unknown; expected one of {known}.")
+        if self.bias not in BIASES:
+            raise ConfigError(f"slice.bias={self.bias!r} is unknown; expected one of {', '.join(BIASES)}.")
         if self.share is not None and self.measured:
             raise ConfigError(
                 f"slice.share: the order of positions={self.positions} differs between runs, so that their parts would "
