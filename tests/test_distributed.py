@@ -25,7 +25,7 @@ from torch.torch_version import TorchVersion
 import distributed_jobs as jobs
 import sharded_jobs as sharded
 from core_helpers import batches, lines_of, step
-from peft_helpers import THIRD_PARTY
+from peft_helpers import THIRD_PARTY, config, llama
 from slicefine.errors import UnsupportedError
 from slicefine.journal import read_table
 from slicefine.peft import sharded_checkpoints
@@ -379,16 +379,34 @@ def test_trainer_under_fsdp2_resumes_on_more_processes(kind, found, four, alone)
         same_run(result[kind], alone["trainer"], slice(3, None))
 
 
-def test_a_resume_that_would_lose_a_part_is_refused(monkeypatch):
-    """Versions of accelerate that the tests do not run with; in one process nothing is lost."""
+@pytest.mark.parametrize(
+    ("kind", "loader", "version", "message"),
+    [
+        ("FULL", "load_fsdp_model", "1.15", r"before 1.15 reads an adapter on rank 0 only .*Install accelerate 1.15"),
+        ("SHARDED", "load_fsdp_optimizer", "1.13", r"before 1.13 leaves the optimizer's state out .*accelerate 1.13"),
+    ],
+)
+def test_a_checkpoint_of_which_a_part_would_be_lost_is_refused(monkeypatch, kind, loader, version, message):
+    """By versions of accelerate that the tests do not run with; in one process nothing is lost."""
+    monkeypatch.setattr(sharded_checkpoints, "compare_versions", lambda library, sign, wanted: wanted == version)
+    model = get_peft_model(llama(), config("row"))
+    loaded = []
+
+    def load(fsdp_plugin, accelerator, model, input_dir, model_index=0, adapter_only=False):
+        loaded.append(model)
+
+    trainer = SimpleNamespace(load_fsdp_model=load, load_fsdp_optimizer=load)
+    sharded_checkpoints.install_sharded_loading(trainer)
+    plugin = SimpleNamespace(state_dict_type=f"{kind}_STATE_DICT")
     two, alone, plain = (
         SimpleNamespace(is_fsdp2=fsdp2, num_processes=count) for fsdp2, count in ((True, 2), (True, 1), (False, 2))
     )
-    monkeypatch.setattr(sharded_checkpoints, "compare_versions", lambda library, sign, wanted: True)
-    with pytest.raises(UnsupportedError, match="leaves the optimizer's state out.*Install accelerate 1.15"):
-        sharded_checkpoints.refuse_old_accelerate(two)
-    sharded_checkpoints.refuse_old_accelerate(alone)
-    sharded_checkpoints.refuse_old_accelerate(plain)
+    with pytest.raises(UnsupportedError, match=message):
+        getattr(trainer, loader)(plugin, two, model, "", adapter_only=True)
+    assert loaded == []
+    for accelerator, tuned in ((alone, model), (plain, model), (two, llama())):
+        getattr(trainer, loader)(plugin, accelerator, tuned, "", adapter_only=True)
+    assert len(loaded) == 3
 
 
 def test_an_adapter_in_parts_is_read_with_head_and_biases(found):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,45 +28,68 @@ _PREFIX = "model."  # of accelerate's own
 
 
 def install_sharded_loading(trainer: Any) -> None:
-    """Let ``transformers.trainer`` read sharded checkpoints of slices; for other models nothing changes."""
-    load = getattr(trainer, "load_fsdp_model", None)
+    """Let ``transformers.trainer`` read FSDP2's checkpoints of slices; for other models nothing changes."""
+    _install(trainer, "load_fsdp_model", _load_model)
+    _install(trainer, "load_fsdp_optimizer", _load_optimizer)
+
+
+def _install(trainer: Any, name: str, ours: Callable[[Callable[[], Any], dict[str, Any]], Any]) -> None:
+    load = getattr(trainer, name, None)
     if load is None or hasattr(load, "slicefine"):
         return
     names = inspect.signature(load)
 
     @functools.wraps(load)
-    def load_fsdp_model(*args: Any, **kwargs: Any) -> Any:
+    def loading(*args: Any, **kwargs: Any) -> Any:
         given = names.bind(*args, **kwargs)
         given.apply_defaults()
-        plugin, accelerator, model = (given.arguments[name] for name in ("fsdp_plugin", "accelerator", "model"))
+        model = given.arguments["model"]
         sliced = hasattr(model, "active_adapter") and any(isinstance(m, SliceLayer) for m in model.modules())
-        if not (sliced and given.arguments.get("adapter_only")):
-            return load(*args, **kwargs)
-        refuse_old_accelerate(accelerator)
-        folder = Path(given.arguments["input_dir"], f"pytorch_model_fsdp_{given.arguments['model_index']}")
-        if "SHARDED_STATE_DICT" not in str(plugin.state_dict_type) or not folder.is_dir():
-            return load(*args, **kwargs)
-        accelerator.wait_for_everyone()
-        result = load_sharded_adapter(model, folder)
-        accelerator.wait_for_everyone()
-        return result
+        if sliced and given.arguments.get("adapter_only"):
+            return ours(lambda: load(*args, **kwargs), given.arguments)
+        return load(*args, **kwargs)
 
-    load_fsdp_model.slicefine = True  # type: ignore[attr-defined]
-    trainer.load_fsdp_model = load_fsdp_model
+    loading.slicefine = True  # type: ignore[attr-defined]
+    setattr(trainer, name, loading)
 
 
-def refuse_old_accelerate(accelerator: Any) -> None:
-    """Refuse to resume where accelerate would lose a part of the checkpoint without a word.
+def _load_model(load: Callable[[], Any], given: dict[str, Any]) -> Any:
+    accelerator = given["accelerator"]
+    folder = Path(given["input_dir"], f"pytorch_model_fsdp_{given['model_index']}")
+    if not (_in_parts(given) and folder.is_dir()):
+        refuse_before("1.15", accelerator, "reads an adapter on rank 0 only (FULL_STATE_DICT)")
+        return load()
+    accelerator.wait_for_everyone()
+    result = load_sharded_adapter(given["model"], folder)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _load_optimizer(load: Callable[[], Any], given: dict[str, Any]) -> Any:
+    if _in_parts(given):
+        refuse_before("1.13", given["accelerator"], "leaves the optimizer's state out (SHARDED_STATE_DICT)")
+    return load()
+
+
+def _in_parts(given: dict[str, Any]) -> bool:
+    return "SHARDED_STATE_DICT" in str(given["fsdp_plugin"].state_dict_type)
+
+
+def refuse_before(version: str, accelerator: Any, what: str) -> None:
+    """Refuse a checkpoint of which accelerate would lose a part without a word.
+
+    Args:
+        version: of accelerate that is needed, under FSDP2 with several processes.
+        accelerator: accelerate's.
+        what: earlier versions do.
 
     Raises:
-        UnsupportedError: below accelerate 1.15, under FSDP2 with several processes.
+        UnsupportedError: below that version.
     """
-    if accelerator.is_fsdp2 and accelerator.num_processes > 1 and compare_versions("accelerate", "<", "1.15"):
+    if accelerator.is_fsdp2 and accelerator.num_processes > 1 and compare_versions("accelerate", "<", version):
         raise UnsupportedError(
-            f"resume under FSDP2 with accelerate {accelerate.__version__}: before 1.13 it leaves the optimizer's state "
-            "out (SHARDED_STATE_DICT), before 1.15 it reads an adapter on rank 0 only (FULL_STATE_DICT). Install "
-            "accelerate 1.15 or newer for runs that are to be resumed. What this one trained is in its checkpoint's "
-            "adapter_model.safetensors: PeftModel.from_pretrained reads it, and a new run can begin there."
+            f"a checkpoint under FSDP2: accelerate before {version} {what}, for any PEFT method; "
+            f"{accelerate.__version__} is installed. Install accelerate {version} or newer before the run begins."
         )
 
 
