@@ -22,7 +22,7 @@ nox.options.default_venv_backend = "venv"
 
 TOOLS = ["hypothesis", "parameterized", "pytest", "pytest-xdist", "pytorch-cka", "tensorboard"]
 VERSIONS = {
-    # the lower bounds of the extra `train`, with the oldest torch that was run with it (docs/results/tests.md)
+    # the lower bounds of the extra `train` (docs/results/tests.md)
     "oldest": [
         "torch==2.9.1",
         "accelerate==1.10.0",
@@ -30,7 +30,7 @@ VERSIONS = {
         "datasets==5.2.0",
         "jsonargparse[signatures]==4.50.0",
         "matplotlib==3.10.8",
-        "peft==0.21.0",
+        "peft==0.21.2",
         "pillow==11.0.0",
         "pyyaml==6.0.1",
         "rich==13.9.0",

@@ -166,7 +166,7 @@ def test_fsdp2_that_keeps_parameters_gathered(mode, found, alone):
 def test_fsdp2_with_every_setting_that_touches_parameters(name, found):
     expected = jobs.alone(**sharded.VARIANTS[name])
     for result in of(found, "fsdp2_variants"):
-        same_trajectory(result[name], expected)
+        same_trajectory(result[name], expected, **FSDP2_ROUNDS)
 
 
 @pytest.mark.parametrize("name", sharded.PRECISIONS)
