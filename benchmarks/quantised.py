@@ -114,7 +114,7 @@ def measure(models: dict[str, nn.Module], ids: torch.Tensor, rounds: int, warm_u
         quarter = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
         row = {"method": name, "ms": 1e3 * statistics.median(seconds[name]), "ratio": statistics.median(ratios)}
         row |= {"quartiles": [quarter[0], quarter[2]], "visited share": share(model)}
-        row |= {"least": min(seconds[name]) / min(seconds["frozen"])}  # what other work adds to a step is left out
+        row |= {"least": min(seconds[name]) / min(seconds["frozen"])}
         row |= {"bound": 1.03 + row["visited share"] if ", " in name else None}
         result.append(row | {"loss": [losses[name][0], losses[name][-1]]})
     return result
