@@ -160,6 +160,25 @@ def test_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_quantised_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--out", str(tmp_path / "l.json"), "--widths", "64", "--tokens", "32", "--rounds", "2", "--rank", "2"]
+    words += ["--moves", "0", "2", "--modes", "column", "alternate", "--kinds", "4bit", "8bit"]
+    monkeypatch.setattr(sys, "argv", ["quantised_layer.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "quantised_layer.py"), run_name="__main__")
+    layers = json.loads((tmp_path / "l.json").read_text())["layers"]
+    assert list(layers) == ["4bit 64", "8bit 64"]
+    for rows in layers.values():
+        assert {row["method"]: row["bound"] for row in rows} == {
+            "lora r=8": None,
+            "column r=2, 0 moves": pytest.approx(1.03 + 2 / 64),
+            "column r=2, 2 moves": pytest.approx(1.03 + 6 / 64),
+            "alternate r=2, 0 moves": pytest.approx(1.03 + 2 / 64),
+            "alternate r=2, 2 moves": pytest.approx(1.03 + 6 / 64),
+        }
+        assert all(row["interval"][0] <= row["ratio"] <= row["interval"][1] for row in rows)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_qlora_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["qlora_gpu.py", "--out", str(tmp_path / "g.json"), "--smoke"])

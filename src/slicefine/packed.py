@@ -51,7 +51,7 @@ class _PassInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: PackedDelta, products: list[Tensor], shared: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, delta: PackedDelta, products: dict[str, Tensor], shared: bool) -> Tensor:
         ctx.delta, ctx.products, ctx.shared = delta, products, shared
         return x.view_as(x)
 
@@ -74,7 +74,7 @@ class _AddProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, delta: PackedDelta, products: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, delta: PackedDelta, products: dict[str, Tensor]) -> Tensor:
         ctx.delta, ctx.products = delta, products
         result = y.data
         delta._add_into(result, x)
@@ -84,7 +84,7 @@ class _AddProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.needs_input_grad[1]:
-            ctx.products[:] = ctx.delta._line_products(grad)
+            ctx.products |= ctx.delta._line_products(grad)
         return grad, None, None, None
 
 
@@ -178,7 +178,7 @@ class PackedDelta:
             shared: whether others hold the gradient that the layer sends, as module hooks do: it is copied then.
         """
         if not torch.compiler.is_compiling():
-            products: list[Tensor] = []
+            products: dict[str, Tensor] = {}
             if torch.is_grad_enabled() and x.requires_grad:
                 x = _PassInput.apply(x, self, products, shared)  # type: ignore[no-untyped-call]
             result: Tensor = _AddProduct.apply(layer(x), x, self, products)  # type: ignore[no-untyped-call]
@@ -201,19 +201,22 @@ class PackedDelta:
         if column.slots:
             _add_matmul(y, x.index_select(-1, column.index), column.values.to(x.dtype))
 
-    def _line_products(self, grad: Tensor) -> list[Tensor]:
+    def _line_products(self, grad: Tensor) -> dict[str, Tensor]:
         """What is left of an output's gradient for the input's: its part at the rows, its products with the columns."""
         row, column = self._axes["row"], self._axes["column"]
         grad = grad.to(_narrower(grad.dtype, self.dtype))
-        return [grad.index_select(-1, row.index), torch.nn.functional.linear(grad, column.values.to(grad.dtype))]
+        made = {"row": grad.index_select(-1, row.index)} if row.slots else {}
+        if column.slots:
+            made["column"] = torch.nn.functional.linear(grad, column.values.to(grad.dtype))
+        return made
 
-    def _add_input_gradient(self, result: Tensor, products: list[Tensor]) -> None:
+    def _add_input_gradient(self, result: Tensor, products: dict[str, Tensor]) -> None:
         """Add ``dY D`` to an input's gradient; ``products``: see `_line_products`, or nothing, if no dY came."""
         row, column = self._axes["row"], self._axes["column"]
-        if products and row.slots:
-            _add_matmul(result, products[0], row.values.to(products[0].dtype))
-        if products and column.slots:
-            result.index_add_(-1, column.index, products[1].to(result.dtype))
+        if "row" in products:
+            _add_matmul(result, products["row"], row.values.to(products["row"].dtype))
+        if "column" in products:
+            result.index_add_(-1, column.index, products["column"].to(result.dtype))
 
     @property
     def empty(self) -> bool:
