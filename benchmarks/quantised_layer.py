@@ -1,6 +1,6 @@
-"""Cost of one quantised layer with slices beside it, as moves accumulate: over the same layer, frozen, and beside LoRA r=8.
+"""Cost of one quantised layer with slices beside it, as moves accumulate, and of LoRA r=8, over the same layer frozen.
 
-Forward and backward of a single layer, whose input wants a gradient, without an optimizer; processor time of one thread.
+Forward and backward of a single layer whose input wants a gradient, without an optimizer; processor time of one thread.
 Each call of a method stands between two calls of its own base layer, on the same weight in the same memory, and is
 divided by their mean: what the machine does over seconds falls out. `ratio` is the median over the rounds with a
 bootstrap interval of 95%; `bound` is the design's target: 1 + the share of the layer's products that the visited
