@@ -169,7 +169,7 @@ def test_a_sweep_tunes_resumes_and_reports(bert, reviews, tmp_path, in_process, 
     assert index["versions"]["torch"] == version("torch")
     for item, cell in zip(found, cells(settings), strict=True):
         tried = [run_module.stored(tmp_path / "sweep", run) for run in runs_of(settings, cell, 0)]
-        best = max(tried, key=lambda outcome: outcome["score"])
+        best = max(tried, key=lambda outcome: (outcome["score"], -outcome["after"]["validation"]["loss"]))
         assert item.tuned == best["tuned"]
         assert item.values[0] == best["value"]
     lost = tmp_path / "sweep" / "runs" / f"{index['runs'][0]}.json"
@@ -180,6 +180,17 @@ def test_a_sweep_tunes_resumes_and_reports(bert, reviews, tmp_path, in_process, 
     monkeypatch.setattr(run_module, "_execute", lambda *_: pytest.fail("nothing was left to do"))
     assert [item.values for item in sweep(settings, QUIET)] == [item.values for item in found]
     assert (tmp_path / "sweep" / "figure.png").stat().st_size > 1000
+
+
+def test_of_equal_metrics_the_least_loss_is_chosen(tmp_path):
+    tune = {"training.rate_factor": [0.1, 0.3, 1.0, 3.0]}
+    settings = SweepSettings(base={}, vary={"slice.r": [1]}, tune=tune, seeds=[0], output=str(tmp_path))
+    runs = runs_of(settings, cells(settings)[0], 0)
+    (tmp_path / "runs").mkdir()
+    for run, score, loss in zip(runs, (0.6, 0.67, 0.67, 0.67), (0.1, float("nan"), 0.61, 0.63), strict=True):
+        outcome = {"score": score, "after": {"validation": {"loss": loss}}}
+        (tmp_path / "runs" / f"{run.key}.json").write_text(json.dumps(outcome))
+    assert run_module._best(tmp_path, runs) == (("training.rate_factor", 1.0),)
 
 
 def test_a_run_that_fails_is_told_and_tried_again(bert, reviews, tmp_path, in_process):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -144,12 +145,18 @@ def _tuned(
 
 
 def _best(folder: Path, runs: list[Run]) -> tuple[tuple[str, Any], ...] | None:
-    """The tuned values with the best validation metric; None where no run of the cell succeeded."""
+    """The tuned values with the best validation metric, of equal ones with the least loss; None if no run succeeded."""
     found = [(run, stored(folder, run)) for run in runs]
     finished = [(run, outcome) for run, outcome in found if outcome is not None]
     if not finished:
         return None
-    return max(finished, key=lambda pair: pair[1]["score"])[0].tuned
+    return max(finished, key=lambda pair: (pair[1]["score"], -_loss(pair[1])))[0].tuned
+
+
+def _loss(outcome: Outcome) -> float:
+    """The validation loss, which still tells values apart that all end at the larger class; without one, infinite."""
+    loss = float(outcome["after"]["validation"].get("loss", math.inf))
+    return math.inf if math.isnan(loss) else loss
 
 
 class _Pool:

@@ -74,7 +74,7 @@ class SweepSettings:
         claim: what the paper says there, in a sentence.
         base: a training recipe that all runs share.
         vary: axes of the grid: {setting: [values]}, or {name: {label: {setting: value}}}; settings in dotted notation.
-        tune: {setting: [values]}: chosen by the validation metric of one run each.
+        tune: {setting: [values]}: chosen by the validation metric of one run each, among equal ones by the least loss.
         tune_seed: of the runs that choose; None is the first of seeds, whose chosen run then counts as a result, too.
         extend: how many values may be tried beyond an end of a tuned list, while the best one is at that end.
         final: {setting: value} for the runs that count, on top of the rest: the test set, which the search never reads.
