@@ -38,7 +38,7 @@ KINDS = ("4bit", "8bit", "int8")
 
 
 def quantised(kind: str, width: int) -> nn.Module:
-    """A square layer of random weights, quantised as `from_pretrained` would."""
+    """A square layer of random weights, quantised."""
     torch.manual_seed(0)
     plain = nn.Linear(width, width, bias=False)
     if kind == "int8":
