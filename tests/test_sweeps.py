@@ -193,6 +193,21 @@ def test_of_equal_metrics_the_least_loss_is_chosen(tmp_path):
     assert run_module._best(tmp_path, runs) == (("training.rate_factor", 1.0),)
 
 
+def test_a_limit_that_ends_within_the_search_says_how_to_go_on(bert, reviews, tmp_path, in_process):
+    settings = SweepSettings(
+        base=base(bert, reviews),
+        vary={"slice.r": [1]},
+        tune={"training.learning_rate": [1e-3, 3e-3]},
+        tune_seed=0,
+        seeds=[1],
+        output=str(tmp_path / "sweep"),
+        limit=1,
+    )
+    with pytest.raises(ConfigError, match="no run that counts has succeeded yet.*The same command goes on"):
+        sweep(settings, QUIET)
+    assert len(list((tmp_path / "sweep" / "runs").iterdir())) == 1
+
+
 def test_a_run_that_fails_is_told_and_tried_again(bert, reviews, tmp_path, in_process):
     settings = SweepSettings(
         base=base(bert, reviews),

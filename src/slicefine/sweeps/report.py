@@ -54,7 +54,10 @@ def sweep(settings: SweepSettings, console: Console | None = None) -> list[Summa
         stop.add_note(f"Finished runs are kept in {folder}. Go on with {'the same call' if same is None else same}.")
         raise
     if not outcomes:
-        raise ConfigError(f"no run of the sweep succeeded; {folder / 'runs'} says why.")
+        raise ConfigError(
+            f"no run that counts has succeeded yet; {folder / 'runs'} has the runs that were made, failed ones with "
+            "their error. The same command goes on with the rest, as far as limit and seconds allow."
+        )
     found = summaries(settings, outcomes)
     metric = outcomes[0]["metric"]
     for table in _tables(settings, found, metric):
