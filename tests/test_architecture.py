@@ -24,13 +24,13 @@ LADDER = [
     "fingerprint",
     "geometry",
     "initial",
-    "packed",
     "quantised",
     "zero",
     "weights",
     "window",
     "schedule",
     "functional",
+    "packed",
     "journal",
     "delta",
     "sharded",
@@ -59,7 +59,7 @@ ALLOWED["initial"] = {"errors", "geometry"}
 ALLOWED["schedule"] = {"errors", "geometry", "initial"}
 ALLOWED["window"] = {"errors", "geometry"}
 ALLOWED["nested"] = {"errors"}
-ALLOWED["packed"] = {"errors", "geometry"}
+ALLOWED["packed"] = {"errors", "functional", "geometry"}
 ALLOWED["quantised"] = {"errors"}
 ALLOWED["weights"] = {"errors", "geometry", "quantised", "zero"}  # stage 3 shows no shapes
 ALLOWED["functional"] = {"errors", "geometry", "weights"}  # tensors only: no schedule

@@ -138,9 +138,8 @@ class _TrackSlice(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_content(ctx.owner, ctx.content)
         kept, index, fixed = ctx.saved_tensors
-        values = pad_block(block_gradient(grad, kept, index, ctx.axis), ctx.shape).to(ctx.dtype)
-        grad_input = grad if ctx.needs_input_grad[0] else None
-        return grad_input, None, _free(values, fixed), None, None, None, None
+        values = parameter_gradient(grad, kept, index, ctx.axis, ctx.shape, ctx.dtype, fixed)
+        return grad if ctx.needs_input_grad[0] else None, None, values, None, None, None, None
 
 
 class _KeepInput(torch.autograd.Function):
@@ -176,8 +175,8 @@ class _TrackKept(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_content(ctx.owner, ctx.content)
         kept, index = ctx.node.saved_tensors
-        values = pad_block(block_gradient(grad, kept, index, ctx.axis), ctx.shape).to(ctx.dtype)
-        return grad if ctx.needs_input_grad[0] else None, _free(values, ctx.fixed), None, None, None
+        values = parameter_gradient(grad, kept, index, ctx.axis, ctx.shape, ctx.dtype, ctx.fixed)
+        return grad if ctx.needs_input_grad[0] else None, values, None, None, None
 
 
 _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -357,6 +356,13 @@ def block_gradient(grad: Tensor, kept: Tensor, index: Tensor, axis: str) -> Tens
     if axis == "column":
         return kept.t() @ grad
     return (grad.t() @ kept).reshape(-1).index_select(0, index).unsqueeze(0)
+
+
+def parameter_gradient(
+    grad: Tensor, kept: Tensor, index: Tensor, axis: str, shape: torch.Size, dtype: torch.dtype, fixed: Tensor | None
+) -> Tensor:
+    """`block_gradient` as the persistent parameter takes it: of its ``shape`` and ``dtype``, zero where ``fixed``."""
+    return _free(pad_block(block_gradient(grad, kept, index, axis), shape).to(dtype), fixed)
 
 
 def pad_block(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

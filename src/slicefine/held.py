@@ -71,7 +71,7 @@ class HeldWeight(nn.Module):
     @property
     def _owner(self) -> nn.Module:
         """The layer that has the weight: others of its parameters may have slices, too, in layers between."""
-        layer = self.base_layer
+        layer: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]  # a short way: every forward asks
         while isinstance(layer, HeldWeight):
             layer = layer.base_layer
         return layer
@@ -184,8 +184,10 @@ class HeldWeight(nn.Module):
     @property
     def content(self) -> int:
         """A number that names what the dense weight holds; equal numbers mean equal content."""
-        stamps = [self.states[name].stamp for name in self.applied]
-        return stamps[0] if len(stamps) == 1 else hash(tuple(stamps))
+        applied = self.applied
+        if len(applied) == 1:
+            return self.states[applied[0]].stamp
+        return hash(tuple([self.states[name].stamp for name in applied]))
 
     @property
     def label(self) -> str:

@@ -21,7 +21,9 @@ from .functional import (
     track_weight,
 )
 from .nested import map_nested
-from .sharded import refuse_engine
+from .packed import Active, PackedDelta
+from .quantised import dense_product
+from .sharded import is_plain, refuse_engine
 from .state import AdapterState
 from .weights import refuse_offloaded
 
@@ -81,25 +83,41 @@ class SliceLayer(SliceAdapters):
         compiling = torch.compiler.is_compiling()
         names = self.applied if compiling else self._checked()
         trained = self._trained(names)
-        kept = None
-        if trained and len(names) == 1 and not compiling:
-            state = self.states[trained[0]]
-            kept = keep_input(self.slicefine_active[trained[0]], x, state.index, state.axis)
-        y = self._beside(x, args, kwargs) if self.packed is not None and names else self.base_layer(*args, **kwargs)
         if not trained:
-            return self._guarded(y, names)
-        parameter = self.slicefine_active[trained[0]]
+            return self._guarded(self._output(x, args, kwargs, names, compiling), names)
+        state, parameter = self.states[trained[0]], self._shown(trained[0])
         if len(names) > 1:
-            return self._refused(y, parameter)
-        state = self.states[trained[0]]
+            return self._refused(self._output(x, args, kwargs, names, compiling), parameter)
+        kept = None if compiling else keep_input(parameter, x, state.index, state.axis)
         if kept is not None:
+            y = self._output(x, args, kwargs, names, compiling)
             return track_kept(y, kept, state.axis, self, state.fixed)
-        return track_slice(y, x, parameter, state.index, state.axis, None if compiling else self, state.fixed)
+        active = Active(parameter, state.index, state.axis, None if compiling else self, state.fixed)
+        return self._output(x, args, kwargs, names, compiling, active)
 
-    def _beside(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """The base layer's output on ``x``, its first argument, and the product with the lines beside its weight."""
-        assert self.packed is not None
-        compiling = torch.compiler.is_compiling()
+    def _output(
+        self, x: Tensor, args: Any, kwargs: Any, names: list[str], compiling: bool, active: Active | None = None
+    ) -> Tensor:
+        """The layer's output on ``x``, its first argument, with the lines beside its weight and a slice's gradient."""
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        packed = self.packed
+        if packed is None or not names:
+            y = base(*args, **kwargs)
+        else:
+            alone = not compiling and len(args) + len(kwargs) == 1
+            known = dense_product(base, x) if alone and torch.is_grad_enabled() else None
+            if known is not None:
+                return packed.multiply_sum(lambda: known.factor(base), x, base._parameters["bias"], active, known.keeps)
+            y = self._beside(packed, x, args, kwargs)
+        return y if active is None else track_slice(y, x, *active)
+
+    def _shown(self, name: str) -> Tensor:
+        """What the layer shows of adapter ``name``'s parameter, past the lookups of modules and their dictionaries."""
+        shown = self._modules["slicefine_active"]._parameters.get(name)  # type: ignore[union-attr]
+        return self.slicefine_active[name] if shown is None else shown
+
+    def _beside(self, packed: PackedDelta, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The base layer's output and the product with the lines beside its weight."""
 
         def layer(x: Tensor) -> Tensor:
             own = kwargs if args else dict(zip(kwargs, (x, *list(kwargs.values())[1:]), strict=True))
@@ -108,13 +126,13 @@ class SliceLayer(SliceAdapters):
                 raise UnsupportedError(_no_gradient(self))
             return y
 
-        return self.packed.add_to_layer(layer, x, shared=not compiling and _hooked(self.base_layer))
+        return packed.add_to_layer(layer, x, shared=not torch.compiler.is_compiling() and _hooked(self.base_layer))
 
     def _trained(self, names: list[str]) -> list[str]:
         """Which of the applied adapters want a gradient now."""
         if not torch.is_grad_enabled():
             return []
-        return [name for name in names if not self.states[name].idle and self.slicefine_active[name].requires_grad]
+        return [name for name in names if not self.states[name].idle and self._shown(name).requires_grad]
 
     def _guarded(self, y: Any, names: list[str]) -> Any:
         """An output that no slice is attached to: its input gradient still needs the forward's weight."""
@@ -197,13 +215,13 @@ class SliceLayer(SliceAdapters):
             self.apply_only(self.requested)
         names = self.applied
         for name in names:
-            state = self.states[name]
-            shown = self.slicefine_active[name]
-            if torch.is_grad_enabled():
-                refuse_engine([shown] if self.packed is not None else [weight, shown], self)  # quantised: a buffer
+            state, shown = self.states[name], self._shown(name)
+            plain = is_plain(shown)
+            if torch.is_grad_enabled() and not (plain and self.packed is not None):  # quantised: a buffer
+                refuse_engine([shown] if self.packed is not None else [weight, shown], self)
             if state.index.device != weight.device:  # fully_shard moves parameters by themselves
                 self.aim(name)
-            if state.staged or state.deferred or not self._in_sync(name, shown):
+            if state.staged or state.deferred or not ((plain and state.holds(shown)) or self._in_sync(name, shown)):
                 self.settle(name)
             state.layout, state.sample = {}, []  # whoever runs the model has finished loading
         return names

@@ -7,16 +7,17 @@ the layer computes ``y = W x + D x``, where only the visited lines of ``D`` exis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import UnsupportedError
+from .functional import Content, check_content, parameter_gradient
 from .geometry import Slice
 
-__all__ = ["PackedDelta"]
+__all__ = ["Active", "PackedDelta"]
 
 
 # lines made under inference_mode could not be trained with afterwards
@@ -28,6 +29,7 @@ class _Lines:
 
     def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots: dict[int, int] = {}  # line of the matrix -> line of `values`
+        self.runs: list[tuple[int, int, int]] = []  # neighbours in both: first line, first slot, how many
         self.index = torch.empty(0, dtype=torch.int64, device=device)
         self.values = torch.empty(0, length, dtype=dtype, device=device)
 
@@ -35,7 +37,13 @@ class _Lines:
     def add(self, lines: list[int]) -> None:
         new = [line for line in lines if line not in self.slots]
         if new:
-            self.slots |= {line: len(self.slots) + i for i, line in enumerate(new)}
+            for line in new:
+                first, slot, count = self.runs[-1] if self.runs else (-1, 0, 0)
+                if count and first + count == line:
+                    self.runs[-1] = (first, slot, count + 1)
+                else:
+                    self.runs.append((line, len(self.slots), 1))
+                self.slots[line] = len(self.slots)
             self.index = torch.cat([self.index, torch.tensor(new, device=self.index.device)])
             self.values = torch.cat([self.values, self.values.new_zeros(len(new), self.values.shape[1])])
 
@@ -86,6 +94,57 @@ class _AddProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ctx.products |= ctx.delta._line_products(grad)
         return grad, None, None, None
+
+
+class Active(NamedTuple):
+    """A layer's active slice, in the order in which `slicefine.functional.track_slice` takes it."""
+
+    parameter: Tensor
+    lines: Tensor
+    axis: str
+    owner: Content | None
+    fixed: Tensor | None
+
+
+class _MultiplySum(torch.autograd.Function):
+    """``x (W + D).T + b`` for a weight ``W`` that is made for each use in any case, as dequantised ones are.
+
+    Lines added to it cost what their entries cost; products with them cost as many passes over inputs and outputs.
+    The active slice's gradient is formed here, too: each autograd function more takes time at every layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, parameter: Tensor | None, what: _Sum) -> Tensor:
+        ctx.what, active = what, what.active
+        weight = what.delta._sum_into(what.dense())
+        kept = None
+        if active is not None:
+            ctx.content = None if active.owner is None else active.owner.content
+            kept = x.index_select(-1, active.lines) if active.axis == "column" else x
+        ctx.save_for_backward(kept, weight if what.keeps and ctx.needs_input_grad[0] else None)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept, weight), what = ctx.saved_tensors, ctx.what
+        to_input = to_bias = to_slice = None
+        if what.active is not None:
+            parameter, lines, axis, owner, fixed = what.active
+            check_content(owner, ctx.content)
+            to_slice = parameter_gradient(grad, kept, lines, axis, parameter.shape, parameter.dtype, fixed)
+        if ctx.needs_input_grad[0]:
+            to_input = torch.matmul(grad, what.delta._sum_into(what.dense()) if weight is None else weight)
+        if ctx.needs_input_grad[1]:
+            to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return to_input, to_bias, to_slice, None
+
+
+class _Sum(NamedTuple):
+    delta: PackedDelta
+    dense: Callable[[], Tensor]
+    keeps: bool
+    active: Active | None
 
 
 def _add_matmul(y: Tensor, x: Tensor, lines: Tensor) -> None:
@@ -192,6 +251,31 @@ class PackedDelta:
             y = y + torch.matmul(x.index_select(-1, column.index), column.values.to(x.dtype)).to(y.dtype)
         return y
 
+    def multiply_sum(
+        self,
+        dense: Callable[[], Tensor],
+        x: Tensor,
+        bias: Tensor | None = None,
+        active: Active | None = None,
+        keeps: bool = False,
+    ) -> Tensor:
+        """``x (W + D).T + b``, as `add_to_layer`, for a weight that is made for each use in any case.
+
+        Args:
+            dense: makes ``W``, ``(rows, columns)``, in a new tensor, of a precision in which ``W + D`` keeps ``D``.
+            x: the input, ``(..., columns)``.
+            bias: ``(rows,)``; it may want a gradient.
+            active: a slice whose parameter gets its gradient with the backward; None: no slice does.
+            keeps: keep the sum for backward; else it is made once more there.
+
+        Raises:
+            ContentError: in backward, if the lines are not the forward's (`slicefine.functional.track_slice`).
+        """
+        parameter = None if active is None else active.parameter
+        what = _Sum(self, dense, keeps, active)
+        result: Tensor = _MultiplySum.apply(x, bias, parameter, what)  # type: ignore[no-untyped-call]
+        return result
+
     @torch.no_grad()
     def _add_into(self, y: Tensor, x: Tensor) -> None:
         row, column = self._axes["row"], self._axes["column"]
@@ -234,9 +318,15 @@ class PackedDelta:
     @torch.no_grad()
     def add_to(self, weight: Tensor) -> None:
         """Add the lines to a dense ``(rows, columns)`` weight in place; rounding makes this final."""
+        self._sum_into(weight)
+
+    def _sum_into(self, weight: Tensor) -> Tensor:
         row, column = self._axes["row"], self._axes["column"]
-        weight.index_add_(0, row.index, row.values.to(weight.dtype))
-        weight.index_add_(1, column.index, column.values.t().to(weight.dtype))
+        if row.slots:
+            weight.index_add_(0, row.index, row.values.to(weight.dtype))
+        for first, slot, count in column.runs:  # twice as fast as index_add_ where lines are short pieces
+            weight.narrow(1, first, count).add_(column.values.narrow(0, slot, count).t().to(weight.dtype))
+        return weight
 
     @_plain
     def map(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -9,16 +9,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .errors import UnsupportedError
 
-__all__ = ["Format", "Requantised", "format_of", "place_of", "plain_values", "prepare", "release", "requantise"]
+__all__ = [
+    "Format",
+    "Requantised",
+    "dense_product",
+    "format_of",
+    "place_of",
+    "plain_values",
+    "prepare",
+    "release",
+    "requantise",
+]
 
 _TORCHAO = ("Int8Tensor", "Float8Tensor", "IntxUnpackedToInt8Tensor")
+_OF_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")  # what torchao does with a layer's inputs
 _FLAG = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit, see `prepare`
 
 
@@ -40,9 +53,11 @@ class Format:
 
     Attributes:
         name: for messages.
+        keeps: whether the layer's own forward keeps the dense weight for its backward, or makes it there once more.
     """
 
     name = "forward-only"
+    keeps = False
 
     def owns(self, layer: nn.Module) -> bool:
         """Whether ``layer`` keeps its weight so: nn.Linear's sizes, and integers or one-byte floats for a weight."""
@@ -64,8 +79,16 @@ class Format:
             "merged into it. Keep the adapter beside it, or export it to LoRA (slicefine export)."
         )
 
+    def multiplies(self, layer: nn.Module) -> bool:
+        """Whether on a CPU the layer's output is now its fp32 input times `factor`, made anew for every forward."""
+        return False
+
+    def factor(self, layer: nn.Module) -> Tensor:
+        """As `dense`, where the layer `multiplies`."""
+        return self.dense(layer)
+
     def dense(self, layer: nn.Module) -> Tensor:
-        """A copy of the weight as ``(out, in)`` floating-point values."""
+        """A new tensor with the weight as ``(out, in)`` floating-point values."""
         raise NotImplementedError
 
     def store(self, layer: nn.Module, weight: Tensor) -> None:
@@ -84,13 +107,19 @@ class _Bnb8bit(_Readable):
     def owns(self, layer: nn.Module) -> bool:
         return _weight_is(layer, "bitsandbytes", "Int8Params")
 
+    def multiplies(self, layer: nn.Module) -> bool:
+        return layer.training and self._scale(layer) is not None  # in evaluation inputs are quantised, too
+
     def dense(self, layer: nn.Module) -> Tensor:
-        weight, state = _part(layer, "weight"), _part(layer, "state")
-        scale = state.SCB if state.SCB is not None else getattr(weight, "SCB", None)
-        if scale is None:  # not quantised yet, or kept in half precision
-            return _values(weight).clone()
-        rows: Tensor = scale.to(weight.device).view(-1, 1) / 127  # SCB: each row's largest value
-        return _values(weight).float() * rows
+        values, scale = _values(layer.weight), self._scale(layer)
+        if scale is None:
+            return values.clone()
+        return values.to(torch.float32, copy=True).mul_(scale.to(values.device).unsqueeze(1).mul(1 / 127))
+
+    def _scale(self, layer: nn.Module) -> Tensor | None:
+        """Each row's largest value; None of a weight that is not quantised yet, or kept in half precision."""
+        state: Tensor | None = _part(layer, "state").SCB
+        return getattr(layer.weight, "SCB", None) if state is None else state
 
     def store(self, layer: nn.Module, weight: Tensor) -> None:
         old = _part(layer, "weight")
@@ -110,6 +139,12 @@ class _Bnb4bit(_Readable):
         if getattr(layer, "compute_dtype", None) is None and state is not None:
             return _half(state.dtype)
         return super().dtype(layer)
+
+    def multiplies(self, layer: nn.Module) -> bool:
+        state = getattr(_part(layer, "weight"), "quant_state", None)
+        if state is None or state.dtype != torch.float32 or getattr(state, "packing_format_for_cpu", False):
+            return False
+        return getattr(layer, "compute_dtype", None) in (None, torch.float32)
 
     def dense(self, layer: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -137,6 +172,7 @@ class _Bnb4bit(_Readable):
 
 class _TorchAO(Format):
     name = "torchao"
+    keeps = True
 
     def owns(self, layer: nn.Module) -> bool:
         return _weight_is(layer, "torchao")
@@ -152,9 +188,25 @@ class _TorchAO(Format):
                 "slices cannot be merged into it. Keep the adapter beside it, or export it to LoRA (slicefine export)."
             )
 
+    def multiplies(self, layer: nn.Module) -> bool:
+        weight = _part(layer, "weight")
+        if type(weight).__name__ not in _TORCHAO or any(getattr(weight, name, None) is not None for name in _OF_INPUTS):
+            return False
+        same: bool = weight.scale.dtype == torch.float32 if _per_row(weight) else weight.dtype == torch.float32
+        return same
+
+    def factor(self, layer: nn.Module) -> Tensor:
+        weight = _part(layer, "weight")
+        if not _per_row(weight):
+            return self.dense(layer)
+        values: Tensor = weight.qdata.to(torch.float32).mul_(
+            weight.scale
+        )  # what `dequantize` does, several times as fast
+        return values
+
     def dense(self, layer: nn.Module) -> Tensor:
         values: Tensor = _part(layer, "weight").dequantize()
-        return values.clone()
+        return values
 
     def store(self, layer: nn.Module, weight: Tensor) -> None:
         old = _part(layer, "weight")
@@ -189,6 +241,41 @@ def format_of(layer: nn.Module) -> Format | None:
         True
     """
     return next((known for known in _FORMATS if known.owns(layer)), None)
+
+
+def dense_product(layer: nn.Module, x: Tensor) -> Format | None:
+    """The format of a layer whose output for ``x`` is ``x @ factor.T`` in fp32 and nothing else; None of all others.
+
+    There slices may be added to the dense weight that a forward makes in any case. In half precision they may not:
+    what they change is lost beside the weight's own values. Only CPUs: elsewhere some formats have kernels that
+    make no dense weight.
+
+    Args:
+        layer: a quantised layer.
+        x: its input.
+    """
+    if x.dtype != torch.float32 or type(x) is not Tensor or not x.is_cpu:
+        return None
+    own = layer.__dict__  # past nn.Module's lookups: every forward asks
+    known = _of_types(type(layer), type(own["_parameters"].get("weight")))  # type: ignore[arg-type]
+    if known is None or not known.multiplies(layer):
+        return None
+    bias = own["_parameters"].get("bias")
+    if (bias is not None and bias.dtype != torch.float32) or torch.is_autocast_enabled("cpu"):
+        return None
+    watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    if watched or "forward" in own or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return None  # what they see is the layer's own
+    return known
+
+
+@cache
+def _of_types(layer: type, weight: type) -> Format | None:
+    """The format of a layer of that very class, whose forward is known, with such a weight."""
+    if layer is not nn.Linear and layer.__module__.partition(".")[0] != "bitsandbytes":
+        return None
+    named = {"Int8Params": _FORMATS[0], "Params4bit": _FORMATS[1], **dict.fromkeys(_TORCHAO, _FORMATS[2])}
+    return named.get(weight.__name__)
 
 
 def place_of(layer: nn.Module) -> Tensor:
@@ -274,6 +361,11 @@ def _torchao_like(old: Any, weight: Tensor) -> Tensor:
     )
     made: Tensor = type(old).from_hp(weight, **settings, **{n: getattr(old, n) for n in kept if hasattr(old, n)})
     return made
+
+
+def _per_row(weight: Any) -> bool:
+    """Whether torchao multiplies with the integers themselves, and then with a scale per row."""
+    return type(weight).__name__ == "Int8Tensor" and weight.block_size[-1] == weight.qdata.shape[-1]
 
 
 def _weight_is(layer: nn.Module, library: str, name: str | None = None) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "ShardedMatrix",
     "full",
     "is_sharded",
+    "is_plain",
     "is_whole",
     "placed_like",
     "put_whole",
@@ -36,6 +37,7 @@ if torch.distributed.is_available():
 else:
     _module_state_mapping = weakref.WeakKeyDictionary()
 
+_engines: dict[Any, Any] = cast(Any, _module_state_mapping).data  # whether it is empty is asked at every layer
 # of each module that FSDP2 looks after, its own record of each parameter
 _records: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
@@ -51,7 +53,12 @@ def _is_dtensor(tensor: object) -> bool:
 
 def is_whole(parameter: Tensor) -> bool:
     """Whether a parameter is certainly not FSDP2's: a quick look, for what happens at every layer and step."""
-    return type(parameter) is nn.Parameter and not _module_state_mapping
+    return type(parameter) is nn.Parameter and not _engines
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """As `is_whole`, and no other engine's either: DeepSpeed and FSDP1 leave their marks on parameters."""
+    return type(parameter) is nn.Parameter and not parameter.__dict__ and not _engines
 
 
 def sharded_parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -163,6 +163,12 @@ class AdapterState:
             "copied": True,
         }
 
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether the weight holds the values of a parameter that no engine spreads, as they are now."""
+        if self.synced is None or self.synced[0]() is not parameter:
+            return False
+        return self.synced[1] == (0 if parameter.is_inference() else parameter._version)
+
     def mark_synced(self, parameter: Tensor) -> None:
         """Note that the weight holds the parameter's values as they are now."""
         self.synced = (weakref.ref(parameter), version_of(parameter))

@@ -170,15 +170,15 @@ class SliceFineLinear(SliceLayer, BaseTunerLayer):  # type: ignore[misc]
         self.settle(adapter_name)
 
     def _trained(self, names: list[str]) -> list[str]:
-        return [] if self.merged else super()._trained(names)
+        return [] if self.merged_adapters else super()._trained(names)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("adapter_names", None) is not None:
+        if kwargs and kwargs.pop("adapter_names", None) is not None:
             raise UnsupportedError(
                 "SliceFine: one batch with several adapters (adapter_names=...) is not possible, since all adapters "
                 "share the dense weight. Run one batch per adapter with set_adapter, which is cheap."
             )
-        if self.disable_adapters or (self.merged and self.packed is None):
+        if self.disable_adapters or (self.merged_adapters and self.packed is None):
             y = self.base_layer(*args, **kwargs)
             if self.kind.layout == "hidden":
                 return y
