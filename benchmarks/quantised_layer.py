@@ -1,6 +1,7 @@
 """Cost of one quantised layer with slices beside it, as moves accumulate, and of LoRA r=8, over the same layer frozen.
 
-Forward and backward of a single layer whose input wants a gradient, without an optimizer; processor time of one thread.
+Forward and backward of a single layer whose input wants a gradient, without an optimizer and without the model around
+it; processor time of one thread.
 Each call of a method stands between two calls of its own base layer, on the same weight in the same memory, and is
 divided by their mean: what the machine does over seconds falls out. `ratio` is the median over the rounds with a
 bootstrap interval of 95%; `bound` is the design's target: 1 + the share of the layer's products that the visited
@@ -76,8 +77,14 @@ def bound(model: nn.Module) -> float:
     return 1.03 + layer.packed.numel() / (layer.shape[0] * layer.shape[1])
 
 
+def layer_of(model: nn.Module) -> nn.Module:
+    """The layer with its adapter: PEFT's model around it costs the same whatever is inside, and once per step."""
+    return next(module for module in model.modules() if hasattr(module, "base_layer"))
+
+
 def base_of(model: nn.Module) -> nn.Module:
-    return next(module.base_layer for module in model.modules() if hasattr(module, "base_layer"))
+    base: nn.Module = layer_of(model).base_layer  # type: ignore[assignment]
+    return base
 
 
 def call(model: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> float:
@@ -94,8 +101,8 @@ def measure(models: dict[str, nn.Module], x: torch.Tensor, gradient: torch.Tenso
     seconds: dict[str, list[tuple[float, float, float]]] = {name: [] for name in models}
     for number in range(2 + rounds):
         for name, model in models.items():
-            around = base_of(model)
-            three = (call(around, x, gradient), call(model, x, gradient), call(around, x, gradient))
+            around, layer = base_of(model), layer_of(model)
+            three = (call(around, x, gradient), call(layer, x, gradient), call(around, x, gradient))
             if number >= 2:
                 seconds[name].append(three)
     result = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from torch.testing import assert_close
 from core_helpers import batches, mlp, step
 from slicefine import attach
 from slicefine.errors import AdapterFileError, ConfigError, ContentError, UnsupportedError
-from slicefine.functional import block_view, read_block, write_block
+from slicefine.functional import block_view, line_index, pad_block, read_block, write_block
 from slicefine.geometry import Slice
-from slicefine.packed import PackedDelta
+from slicefine.packed import Active, PackedDelta
 
 SHAPE = (5, 6)
 BLOCKS = [*(Slice("row", start, 2) for start in (0, 1, 3)), *(Slice("column", start, 3) for start in (0, 2, 3))]
@@ -79,6 +80,58 @@ def test_the_product_is_differentiable_in_what_goes_in(monkeypatch, blocks, shar
     assert_close(product(x, y), y + F.linear(x, weight + as_dense(delta)))
     assert torch.autograd.gradcheck(product, (x, y))
     assert torch.autograd.gradcheck(lambda x: delta.add_to_layer(lambda _: torch.zeros_like(y), x, shared), (x,))
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("blocks", [[], BLOCKS[:1], BLOCKS[-1:], [BLOCKS[0], BLOCKS[-1], BLOCKS[3]]])
+def test_the_product_with_the_sum_is_that_of_the_dense_matrix_with_its_gradients(blocks, keeps):
+    delta, made = packed(), []
+    for block in blocks:
+        write_block(delta, block, torch.randn(read_block(delta, block).shape, dtype=torch.float64))
+    weight = torch.randn(SHAPE, dtype=torch.float64)
+    x, bias = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((2, 3, SHAPE[1]), (SHAPE[0],)))
+
+    def dense():
+        made.append(weight.clone())
+        return made[-1]
+
+    for active in [None, *BLOCKS]:
+        parameter = None if active is None else torch.zeros(3, 6, dtype=torch.float64, requires_grad=True)
+        known = active and Active(parameter, line_index(active, SHAPE), active.axis, None, None)
+        both = (weight + as_dense(delta)).requires_grad_()
+        made.clear()
+        found, wanted = delta.multiply_sum(dense, x, bias, known, keeps), F.linear(x, both, bias)
+        assert_close(found, wanted)
+        inputs = [x, bias] if active is None else [x, bias, parameter]
+        gradient = torch.randn_like(found)
+        gradients = torch.autograd.grad(found, inputs, gradient)
+        dx, db, dw = torch.autograd.grad(wanted, [x, bias, both], gradient)
+        assert_close(gradients[:2], (dx, db))
+        if active is not None:
+            assert_close(gradients[2], pad_block(read_block(dw, active), parameter.shape))
+        assert len(made) == (1 if keeps else 2)
+    assert torch.autograd.gradcheck(lambda x, bias: delta.multiply_sum(dense, x, bias, None, keeps), (x, bias))
+    assert not delta.multiply_sum(dense, x.detach()).requires_grad
+
+
+def test_the_product_with_the_sum_leaves_out_what_must_not_change_and_refuses_other_content():
+    delta, block = packed(), BLOCKS[0]
+    owner = SimpleNamespace(content=1, label="here")
+    parameter = torch.zeros(2, SHAPE[1], dtype=torch.float64, requires_grad=True)
+    fixed = torch.zeros(2, SHAPE[1], dtype=torch.bool)
+    fixed[0, 1] = True
+    active = Active(parameter, line_index(block, SHAPE), block.axis, owner, fixed)
+    x = torch.randn(4, SHAPE[1], dtype=torch.float64)
+
+    def product():
+        return delta.multiply_sum(lambda: torch.ones(SHAPE, dtype=torch.float64), x, active=active).sum()
+
+    product().backward()
+    assert torch.equal(parameter.grad == 0, fixed)
+    late = product()
+    owner.content = 2
+    with pytest.raises(ContentError, match="here: the weights changed between forward and backward"):
+        late.backward()
 
 
 @pytest.mark.parametrize("hooks", ["own", "global"])

@@ -14,7 +14,7 @@ from slicefine import attach, merge_errors
 from slicefine.errors import ConfigError, UnsupportedError
 from slicefine.geometry import Slice
 from slicefine.layer import SliceLayer
-from slicefine.quantised import format_of
+from slicefine.quantised import dense_product, format_of
 from slicefine.weights import supports, trains, value_dtype
 
 MODES = {"row": {"r": 3}, "column": {"r": 4}, "alternate": {"r_row": 3, "r_column": 4}}
@@ -82,6 +82,121 @@ def test_what_is_no_quantised_layer():
     narrow.weight = nn.Parameter(narrow.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
     assert format_of(narrow) is not None
     assert not supports(narrow)
+
+
+DENSE = [name for name in FORMATS if name not in ("forward only", "hqq")]  # multiply with a dense weight in fp32
+
+
+@pytest.mark.parametrize("name", cases(DENSE))
+def test_the_dense_weight_that_slices_are_added_to_is_what_the_layer_multiplies_with(name):
+    for layer in made(name)[::2]:
+        x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+        known = dense_product(layer, x)
+        assert known is format_of(layer)
+        own, ours = layer(x), nn.functional.linear(x, known.factor(layer), layer.bias)
+        assert_close(own, ours)
+        assert name == "torchao int8" or torch.equal(own, ours)  # it scales the outputs
+        assert_close(known.factor(layer), known.dense(layer), rtol=0, atol=0)
+        gradient = torch.randn_like(own)
+        assert_close(torch.autograd.grad(own, x, gradient), torch.autograd.grad(ours, x, gradient))
+        assert known.factor(layer).data_ptr() != known.factor(layer).data_ptr()
+
+
+def _nothing(*args: object) -> None:
+    pass
+
+
+def _patch(layer: nn.Module) -> None:
+    layer.forward = layer.forward  # as accelerate's hooks do
+
+
+WATCHED = {
+    "forward hook": lambda layer: layer.register_forward_hook(_nothing),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(_nothing),
+    "backward hook": lambda layer: layer.register_full_backward_hook(_nothing),
+    "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(_nothing),
+    "other forward": _patch,
+    "class of somebody's": lambda layer: setattr(layer, "__class__", type("Mine", (type(layer),), {})),
+    "bias in half precision": lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.bfloat16())),
+}
+
+
+@pytest.mark.parametrize("what", WATCHED)
+@pytest.mark.parametrize("name", cases(("bnb 8-bit", "nf4", "torchao int8")))
+def test_a_layer_that_is_not_alone_with_its_product_runs_itself(name, what):
+    layer, x = made(name)[0], torch.randn(3, 32)
+    assert dense_product(layer, x) is not None
+    WATCHED[what](layer)
+    assert dense_product(layer, x) is None
+
+
+@pytest.mark.parametrize("name", cases(("bnb 8-bit", "nf4", "torchao int8")))
+def test_other_precisions_and_modes_run_the_layer_itself(name):
+    layer, x = made(name)[0], torch.randn(3, 32)
+    assert dense_product(layer, x.bfloat16()) is None
+    assert dense_product(layer, x.to("meta")) is None
+    with torch.autocast("cpu"):
+        assert dense_product(layer, x) is None
+    hook = nn.modules.module.register_module_forward_hook(_nothing)
+    assert dense_product(layer, x) is None
+    hook.remove()
+    assert dense_product(layer, x) is not None
+    assert (dense_product(layer.eval(), x) is None) is (name == "bnb 8-bit")  # which quantises inputs then
+    if name == "nf4":
+        layer.compute_dtype = torch.bfloat16
+        assert dense_product(layer, x) is None
+        layer.compute_dtype = torch.float32
+        assert dense_product(layer, x) is not None
+        layer.weight.quant_state.dtype = torch.bfloat16  # dequantised it is bf16, where small changes are lost
+        assert dense_product(layer, x) is None
+
+
+def test_activations_that_are_quantised_run_the_layer_itself():
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = mlp()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    assert format_of(model[0]).name == "torchao"
+    assert dense_product(model[0], torch.randn(3, 32)) is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", cases(DENSE))
+def test_adding_to_the_dense_weight_gives_what_adding_to_the_output_gives(name, mode):
+    """The slow twin is the same layer with a hook, which makes it run itself."""
+    found = []
+    for watched in (False, True):
+        model = made(name)
+        if watched:
+            for layer in model[::2]:
+                layer.register_forward_hook(_nothing)
+        tuner = attach(model, mode=mode, interval=3, **MODES[mode])
+        biases = [layer.bias.requires_grad_() for layer in tuner.layers.values() if layer.bias is not None]
+        train(model, [*tuner.parameters(), *biases], steps=7)
+        x = batch(99)[0].requires_grad_()
+        y = model(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in (*tuner.parameters(), *biases)), *tuner.parameters()])
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", cases(DENSE))
+def test_no_more_is_kept_for_backward_than_the_layer_keeps_itself(name):
+    """But the slice's part of the input: columns of it, or a reference to all of it."""
+    model = made(name)
+    tuner = attach(model, mode="column", r=4, interval=5)
+    train(model, tuner.parameters(), steps=2)
+    layer, x = tuner.layers["2"], torch.randn(50, 64, requires_grad=True)
+    kept = []
+    for one in (layer.base_layer, layer):
+        y = one(x)
+        saved = getattr(y.grad_fn, "saved_tensors", ())
+        kept.append(sum(t.numel() for t in saved if t is not None))
+    whole = layer.shape[0] * layer.shape[1]
+    assert kept[1] == 50 * 4 + (whole if name.startswith("torchao") else 0)
+    assert name.startswith("torchao") or kept[0] < whole
 
 
 @pytest.mark.parametrize("name", cases(SOME))
