@@ -407,12 +407,12 @@ def test_strides_do_not_count_and_many_lines_do(monkeypatch):
 # -- weights that are read without a call -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["linear1", "self_attn"])
-def test_fused_layers_see_values_that_were_written_past_the_optimizer(target):
+@pytest.mark.parametrize(("target", "additive"), [("linear1", False), ("self_attn", False), ("linear1", True)])
+def test_fused_layers_see_values_that_were_written_past_the_optimizer(target, additive):
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
     x = torch.randn(2, 3, 8)
-    tuner = attach(model, target_modules=[target], r=2, mode="row", interval=9)
+    tuner = attach(model, target_modules=[target], r=2, mode="row", interval=9, additive=additive)
     with torch.no_grad():
         before = model(x)
         tuner.parameters()[0].add_(1.0)

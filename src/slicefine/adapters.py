@@ -50,8 +50,8 @@ class SliceAdapters(HeldWeight):
         self._hold(base_layer, additive, parameter_name)
         for tensors in (*KINDS, ORIGINALS if self.packed is None else BESIDE):
             setattr(self, f"slicefine_{tensors}", AdapterTensors(self, tensors))
-        if self.packed is not None and self.kind.layout != "quantised":  # whose weights those layers cannot read anyway
-            self.register_forward_pre_hook(_be_called)
+        if self.packed is not None:  # a hook of the layer's own would take time at every call; this is never called
+            self.slicefine_active.register_forward_pre_hook(_be_called)
         self.register_load_state_dict_post_hook(_sync_after_load)  # type: ignore[no-untyped-call]
 
     # -- adapters -------------------------------------------------------------------------------------------------
