@@ -5,7 +5,8 @@ it; processor time of one thread.
 Each call of a method stands between two calls of its own base layer, on the same weight in the same memory, and is
 divided by their mean: what the machine does over seconds falls out. `ratio` is the median over the rounds with a
 bootstrap interval of 95%; `bound` is the design's target: 1 + the share of the layer's products that the visited
-lines' products are + 3%.
+lines' products are + 3%. "Kernels alone" is one autograd function with what a slice of columns cannot do without, so
+what is above it is the price of adapters, checks and moves.
 
 With glibc, keep freed memory in the process: else a dequantised weight's pages are given back and taken anew at every
 call, which costs as much as slices do, once more and once less.
@@ -33,6 +34,7 @@ from torch import nn
 
 from slicefine import SliceFineConfig, movers_of
 from slicefine.layer import SliceLayer
+from slicefine.quantised import format_of
 from slicefine.training.report import environment
 
 KINDS = ("4bit", "8bit", "int8")
@@ -71,8 +73,48 @@ def sliced(base: nn.Module, mode: str, r: int, moves: int) -> nn.Module:
     return made
 
 
+class Bare(nn.Module):
+    """What one slice of columns cannot do without: its lines in the dense weight, twice, and its own gradient.
+
+    No adapters, no checks, no moves; the least that any implementation over these layers costs with these kernels.
+    """
+
+    def __init__(self, base: nn.Module, r: int) -> None:
+        super().__init__()
+        self.base_layer, self.known = base, format_of(base)
+        rows, columns = base.out_features, base.in_features
+        self.lines = nn.Parameter(1e-5 * torch.randn(r, rows))
+        self.index, self.share = torch.arange(r), r / columns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = _Bare.apply(x, self.lines, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def weight(self) -> torch.Tensor:
+        weight: torch.Tensor = self.known.factor(self.base_layer)
+        weight.narrow(1, 0, len(self.index)).add_(self.lines.detach().t())
+        return weight
+
+
+class _Bare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, lines: torch.Tensor, layer: Bare) -> torch.Tensor:
+        ctx.layer, weight = layer, layer.weight()
+        ctx.save_for_backward(x.index_select(-1, layer.index), weight if layer.known.keeps else None)
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, weight = ctx.saved_tensors
+        to_lines = kept.t() @ gradient
+        return gradient @ (ctx.layer.weight() if weight is None else weight), to_lines, None
+
+
 def bound(model: nn.Module) -> float:
-    layer = next(module for module in model.modules() if isinstance(module, SliceLayer))
+    layer = layer_of(model)
+    if isinstance(layer, Bare):
+        return 1.03 + layer.share
+    assert isinstance(layer, SliceLayer)
     assert layer.packed is not None
     return 1.03 + layer.packed.numel() / (layer.shape[0] * layer.shape[1])
 
@@ -136,8 +178,10 @@ def main() -> None:
         for kind in chosen.kinds:
             base = quantised(kind, width)
             lora = LoraConfig(r=8, target_modules=["0"])
+            least = f"column r={chosen.rank}, kernels alone"
             models: dict[str, nn.Module] = {
-                "lora r=8": get_peft_model(nn.Sequential(copy.deepcopy(base)), lora)  # type: ignore[arg-type]
+                "lora r=8": get_peft_model(nn.Sequential(copy.deepcopy(base)), lora),  # type: ignore[arg-type]
+                least: Bare(copy.deepcopy(base), chosen.rank),
             }
             for mode in chosen.modes:
                 for moves in chosen.moves:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from cli_helpers import SHARED, save_bert, save_reviews
@@ -164,12 +165,21 @@ def test_quantised_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["--out", str(tmp_path / "l.json"), "--widths", "64", "--tokens", "32", "--rounds", "2", "--rank", "2"]
     words += ["--moves", "0", "2", "--modes", "column", "alternate", "--kinds", "4bit", "8bit"]
     monkeypatch.setattr(sys, "argv", ["quantised_layer.py", *words])
-    runpy.run_path(str(ROOT / "benchmarks" / "quantised_layer.py"), run_name="__main__")
+    made = runpy.run_path(str(ROOT / "benchmarks" / "quantised_layer.py"), run_name="__main__")
+    bare = made["Bare"](made["quantised"]("4bit", 64), 2)
+    x, gradient = torch.randn(5, 64, requires_grad=True), torch.randn(5, 64)
+    weight = bare.known.dense(bare.base_layer)
+    weight[:, :2] += bare.lines.detach().t()
+    torch.testing.assert_close(bare(x), x @ weight.t())
+    bare(x).backward(gradient)
+    torch.testing.assert_close(x.grad, gradient @ weight)
+    torch.testing.assert_close(bare.lines.grad, x.detach()[:, :2].t() @ gradient)
     layers = json.loads((tmp_path / "l.json").read_text())["layers"]
     assert list(layers) == ["4bit 64", "8bit 64"]
     for rows in layers.values():
         assert {row["method"]: row["bound"] for row in rows} == {
             "lora r=8": None,
+            "column r=2, kernels alone": pytest.approx(1.03 + 2 / 64),
             "column r=2, 0 moves": pytest.approx(1.03 + 2 / 64),
             "column r=2, 2 moves": pytest.approx(1.03 + 6 / 64),
             "alternate r=2, 0 moves": pytest.approx(1.03 + 2 / 64),
