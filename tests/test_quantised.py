@@ -14,6 +14,7 @@ from slicefine import attach, merge_errors
 from slicefine.errors import ConfigError, UnsupportedError
 from slicefine.geometry import Slice
 from slicefine.layer import SliceLayer
+from slicefine.packed import PackedDelta
 from slicefine.quantised import dense_product, format_of
 from slicefine.weights import supports, trains, value_dtype
 
@@ -117,7 +118,6 @@ WATCHED = {
     "backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(_nothing),
     "other forward": _patch,
     "class of somebody's": lambda layer: setattr(layer, "__class__", type("Mine", (type(layer),), {})),
-    "bias in half precision": lambda layer: setattr(layer, "bias", nn.Parameter(layer.bias.bfloat16())),
 }
 
 
@@ -145,10 +145,25 @@ def test_other_precisions_and_modes_run_the_layer_itself(name):
     if name == "nf4":
         layer.compute_dtype = torch.bfloat16
         assert dense_product(layer, x) is None
-        layer.compute_dtype = torch.float32
-        assert dense_product(layer, x) is not None
-        layer.weight.quant_state.dtype = torch.bfloat16  # dequantised it is bf16, where small changes are lost
-        assert dense_product(layer, x) is None
+
+
+@pytest.mark.parametrize("name", cases(("bnb 8-bit", "nf4", "torchao int8")))
+def test_a_model_of_half_precision_with_inputs_in_full_is_multiplied_in_full(name):
+    """As `prepare_model_for_kbit_training` leaves a model that was loaded in bf16."""
+    layer, x = quantise(mlp().bfloat16(), name)[0], torch.randn(3, 32)
+    if name == "nf4":
+        layer.weight.quant_state.dtype, layer.compute_dtype = torch.bfloat16, torch.float32
+    layer.bias = nn.Parameter(layer.bias.detach().bfloat16())
+    known = dense_product(layer, x)
+    assert known.factor(layer).dtype == torch.float32
+    delta = PackedDelta((64, 32), torch.float32, torch.device("cpu"))
+    found = delta.multiply_sum(lambda: known.factor(layer), x, layer.bias)
+    found.sum().backward()
+    assert_close(layer.bias.grad, torch.full((64,), 3.0, dtype=torch.bfloat16))
+    bias, layer.bias = layer.bias.detach(), None
+    assert_close(found, layer(x) + bias)
+    if name == "nf4":
+        assert layer.weight.quant_state.dtype == torch.bfloat16
 
 
 def test_activations_that_are_quantised_run_the_layer_itself():

@@ -122,7 +122,7 @@ class _MultiplySum(torch.autograd.Function):
             ctx.content = None if active.owner is None else active.owner.content
             kept = x.index_select(-1, active.lines) if active.axis == "column" else x
         ctx.save_for_backward(kept, weight if what.keeps and ctx.needs_input_grad[0] else None)
-        return torch.nn.functional.linear(x, weight, bias)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
     @staticmethod
     @once_differentiable
@@ -264,7 +264,7 @@ class PackedDelta:
         Args:
             dense: makes ``W``, ``(rows, columns)``, in a new tensor, of a precision in which ``W + D`` keeps ``D``.
             x: the input, ``(..., columns)``.
-            bias: ``(rows,)``; it may want a gradient.
+            bias: ``(rows,)``, of any precision; it may want a gradient.
             active: a slice whose parameter gets its gradient with the backward; None: no slice does.
             keeps: keep the sum for backward; else it is made once more there.
 

@@ -142,9 +142,20 @@ class _Bnb4bit(_Readable):
 
     def multiplies(self, layer: nn.Module) -> bool:
         state = getattr(_part(layer, "weight"), "quant_state", None)
-        if state is None or state.dtype != torch.float32 or getattr(state, "packing_format_for_cpu", False):
+        if state is None or getattr(state, "packing_format_for_cpu", False):
             return False
         return getattr(layer, "compute_dtype", None) in (None, torch.float32)
+
+    def factor(self, layer: nn.Module) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = _part(layer, "weight")
+        state = weight.quant_state
+        if state.dtype != torch.float32:  # of the weight that was quantised; the product is taken in the input's
+            state = copy.copy(state)
+            state.dtype = torch.float32
+        values: Tensor = dequantize_4bit(weight.detach(), state)
+        return values
 
     def dense(self, layer: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -192,8 +203,7 @@ class _TorchAO(Format):
         weight = _part(layer, "weight")
         if type(weight).__name__ not in _TORCHAO or any(getattr(weight, name, None) is not None for name in _OF_INPUTS):
             return False
-        same: bool = weight.scale.dtype == torch.float32 if _per_row(weight) else weight.dtype == torch.float32
-        return same
+        return _per_row(weight) or weight.dtype == torch.float32
 
     def factor(self, layer: nn.Module) -> Tensor:
         weight = _part(layer, "weight")
@@ -260,8 +270,7 @@ def dense_product(layer: nn.Module, x: Tensor) -> Format | None:
     known = _of_types(type(layer), type(own["_parameters"].get("weight")))  # type: ignore[arg-type]
     if known is None or not known.multiplies(layer):
         return None
-    bias = own["_parameters"].get("bias")
-    if (bias is not None and bias.dtype != torch.float32) or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu"):
         return None
     watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     if watched or "forward" in own or _has_any_global_hook():  # type: ignore[no-untyped-call]
