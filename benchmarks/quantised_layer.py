@@ -40,10 +40,10 @@ from slicefine.training.report import environment
 KINDS = ("4bit", "8bit", "int8")
 
 
-def quantised(kind: str, width: int) -> nn.Module:
-    """A square layer of random weights, quantised."""
+def quantised(kind: str, width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A square layer of random weights, quantised; it computes in ``dtype``."""
     torch.manual_seed(0)
-    plain = nn.Linear(width, width, bias=False)
+    plain = nn.Linear(width, width, bias=False).to(dtype)
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -53,7 +53,7 @@ def quantised(kind: str, width: int) -> nn.Module:
     import bitsandbytes as bnb
 
     if kind == "4bit":
-        layer: nn.Module = bnb.nn.Linear4bit(width, width, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        layer: nn.Module = bnb.nn.Linear4bit(width, width, bias=False, quant_type="nf4", compute_dtype=dtype)
     else:
         layer = bnb.nn.Linear8bitLt(width, width, bias=False, has_fp16_weights=False)
     layer.load_state_dict(plain.state_dict())
@@ -167,22 +167,26 @@ def main() -> None:
     parser.add_argument("--moves", type=int, nargs="+", default=[0, 4, 8])
     parser.add_argument("--modes", nargs="+", default=["column", "alternate"])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of inputs and products")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     chosen = parser.parse_args()
+    dtype: torch.dtype = getattr(torch, chosen.dtype)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without", UserWarning)
     record: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(chosen).items()}, **environment(), "layers": {}}
     for width in chosen.widths:
-        x = torch.randn(chosen.tokens, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        gradient = torch.randn(chosen.tokens, width, generator=torch.Generator().manual_seed(1))
+        shape = (chosen.tokens, width)
+        x, gradient = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
+        x.requires_grad_()
         for kind in chosen.kinds:
-            base = quantised(kind, width)
+            base = quantised(kind, width, dtype)
             lora = LoraConfig(r=8, target_modules=["0"])
             least = f"column r={chosen.rank}, kernels alone"
             models: dict[str, nn.Module] = {
                 "lora r=8": get_peft_model(nn.Sequential(copy.deepcopy(base)), lora),  # type: ignore[arg-type]
-                least: Bare(copy.deepcopy(base), chosen.rank),
             }
+            if dtype == torch.float32:
+                models[least] = Bare(copy.deepcopy(base), chosen.rank)
             for mode in chosen.modes:
                 for moves in chosen.moves:
                     name = f"{mode} r={chosen.rank}, {moves} moves"
