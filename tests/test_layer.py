@@ -681,3 +681,21 @@ def test_checkpointing_does_not_repeat_the_last_product(mode):
     assert seen.count == 1  # of two layers, the first one's
     for p, grad in zip((x, *tuner.parameters()), wanted, strict=True):
         assert_close(p.grad, grad)
+
+
+def test_parameters_are_asked_for_in_the_way_in_which_an_engine_gathers_them():
+    """DeepSpeed's stage 3 puts a dictionary of its own under a module, which gathers a parameter when it is looked up."""
+
+    class Gathers(dict):
+        asked = 0
+
+        def __getitem__(self, key):
+            Gathers.asked += 1
+            return super().__getitem__(key)
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    tuner = attach(model, r=2, mode="row", interval=9)
+    holder = tuner.layers["0"].slicefine_active
+    holder._parameters = Gathers(holder._parameters)
+    model(torch.ones(1, 4))
+    assert Gathers.asked > 0

@@ -113,8 +113,11 @@ class SliceLayer(SliceAdapters):
 
     def _shown(self, name: str) -> Tensor:
         """What the layer shows of adapter ``name``'s parameter, past the lookups of modules and their dictionaries."""
-        shown = self._modules["slicefine_active"]._parameters.get(name)  # type: ignore[union-attr]
-        return self.slicefine_active[name] if shown is None else shown
+        parameters: dict[str, Any] = self._modules["slicefine_active"]._parameters  # type: ignore[union-attr]
+        if name not in parameters:
+            return self.slicefine_active[name]
+        shown: Tensor = parameters[name]  # not get(name): DeepSpeed's stage 3 gathers what is asked for this way
+        return shown
 
     def _beside(self, packed: PackedDelta, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """The base layer's output and the product with the lines beside its weight."""
