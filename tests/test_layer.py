@@ -684,7 +684,7 @@ def test_checkpointing_does_not_repeat_the_last_product(mode):
 
 
 def test_parameters_are_asked_for_in_the_way_in_which_an_engine_gathers_them():
-    """DeepSpeed's stage 3 puts a dictionary of its own under a module, which gathers a parameter when it is looked up."""
+    """DeepSpeed's stage 3 puts its own dictionary under a module, which gathers a parameter that is looked up."""
 
     class Gathers(dict):
         asked = 0

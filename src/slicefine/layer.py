@@ -114,9 +114,8 @@ class SliceLayer(SliceAdapters):
     def _shown(self, name: str) -> Tensor:
         """What the layer shows of adapter ``name``'s parameter, past the lookups of modules and their dictionaries."""
         parameters: dict[str, Any] = self._modules["slicefine_active"]._parameters  # type: ignore[union-attr]
-        if name not in parameters:
-            return self.slicefine_active[name]
-        shown: Tensor = parameters[name]  # not get(name): DeepSpeed's stage 3 gathers what is asked for this way
+        # not get(name): DeepSpeed's stage 3 gathers what is asked for this way
+        shown: Tensor = parameters[name] if name in parameters else self.slicefine_active[name]
         return shown
 
     def _beside(self, packed: PackedDelta, x: Tensor, args: Any, kwargs: Any) -> Tensor:
