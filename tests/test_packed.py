@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from core_helpers import batches, mlp, step
 from slicefine import attach
 from slicefine.errors import AdapterFileError, ConfigError, ContentError, UnsupportedError
-from slicefine.functional import block_view, line_index, pad_block, read_block, write_block
+from slicefine.functional import Active, block_view, line_index, pad_block, read_block, write_block
 from slicefine.geometry import Slice
-from slicefine.packed import Active, PackedDelta
+from slicefine.packed import PackedDelta
 
 SHAPE = (5, 6)
 BLOCKS = [*(Slice("row", start, 2) for start in (0, 1, 3)), *(Slice("column", start, 3) for start in (0, 2, 3))]

@@ -6,7 +6,7 @@ a block is ``(lines, line length)``, see `slicefine.geometry`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .geometry import Slice, entry_indices
 from .weights import WeightKind, lines_of
 
 __all__ = [
+    "Active",
     "BlockMatrix",
     "Content",
     "Matrix",
@@ -53,6 +54,16 @@ class Content(Protocol):
 
     @property
     def label(self) -> str: ...
+
+
+class Active(NamedTuple):
+    """A layer's active slice, in the order in which `track_slice` takes it."""
+
+    parameter: Tensor
+    lines: Tensor  # `index` there, which is a method of tuples
+    axis: str
+    owner: Content | None
+    fixed: Tensor | None
 
 
 def line_index(block: Slice, shape: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _global_backward_hooks
 from .adapters import SliceAdapters
 from .errors import UnsupportedError
 from .functional import (
+    Active,
     guard_content,
     keep_input,
     track_kept,
@@ -21,7 +22,7 @@ from .functional import (
     track_weight,
 )
 from .nested import map_nested
-from .packed import Active, PackedDelta
+from .packed import PackedDelta
 from .quantised import dense_product
 from .sharded import is_plain, refuse_engine
 from .state import AdapterState

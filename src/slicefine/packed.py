@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import UnsupportedError
-from .functional import Content, check_content, parameter_gradient
+from .functional import Active, check_content, parameter_gradient
 from .geometry import Slice
 
-__all__ = ["Active", "PackedDelta"]
+__all__ = ["PackedDelta"]
 
 
 # lines made under inference_mode could not be trained with afterwards
@@ -94,16 +94,6 @@ class _AddProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             ctx.products |= ctx.delta._line_products(grad)
         return grad, None, None, None
-
-
-class Active(NamedTuple):
-    """A layer's active slice, in the order in which `slicefine.functional.track_slice` takes it."""
-
-    parameter: Tensor
-    lines: Tensor
-    axis: str
-    owner: Content | None
-    fixed: Tensor | None
 
 
 class _MultiplySum(torch.autograd.Function):

@@ -209,10 +209,8 @@ class _TorchAO(Format):
         weight = _part(layer, "weight")
         if not _per_row(weight):
             return self.dense(layer)
-        values: Tensor = weight.qdata.to(torch.float32).mul_(
-            weight.scale
-        )  # what `dequantize` does, several times as fast
-        return values
+        values: Tensor = weight.qdata.to(torch.float32)
+        return values.mul_(weight.scale)  # what `dequantize` does, several times as fast
 
     def dense(self, layer: nn.Module) -> Tensor:
         values: Tensor = _part(layer, "weight").dequantize()
@@ -281,7 +279,8 @@ def dense_product(layer: nn.Module, x: Tensor) -> Format | None:
 @cache
 def _of_types(layer: type, weight: type) -> Format | None:
     """The format of a layer of that very class, whose forward is known, with such a weight."""
-    if layer is not nn.Linear and layer.__module__.partition(".")[0] != "bitsandbytes":
+    libraries = [kind.__module__.partition(".")[0] for kind in (layer, weight)]
+    if libraries != ["bitsandbytes"] * 2 and (layer is not nn.Linear or libraries[1] != "torchao"):
         return None
     named = {"Int8Params": _FORMATS[0], "Params4bit": _FORMATS[1], **dict.fromkeys(_TORCHAO, _FORMATS[2])}
     return named.get(weight.__name__)
