@@ -37,18 +37,24 @@ from slicefine.layer import SliceLayer
 from slicefine.quantised import format_of
 from slicefine.training.report import environment
 
-KINDS = ("4bit", "8bit", "int8")
+KINDS = ("4bit", "8bit", "int8", "int4", "float8")
 
 
 def quantised(kind: str, width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A square layer of random weights, quantised; it computes in ``dtype``."""
     torch.manual_seed(0)
     plain = nn.Linear(width, width, bias=False).to(dtype)
-    if kind == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    if kind in ("int8", "int4", "float8"):
+        from torchao import quantization
+        from torchao.quantization.granularity import PerGroup
 
+        settings = {
+            "int8": lambda: quantization.Int8WeightOnlyConfig(),
+            "int4": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)),
+            "float8": lambda: quantization.Float8WeightOnlyConfig(),
+        }
         made = nn.Sequential(plain)
-        quantize_(made, Int8WeightOnlyConfig())
+        quantization.quantize_(made, settings[kind]())
         return made[0].requires_grad_(False)
     import bitsandbytes as bnb
 
@@ -168,7 +174,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["column", "alternate"])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of inputs and products")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["4bit", "8bit", "int8"])
     chosen = parser.parse_args()
     dtype: torch.dtype = getattr(torch, chosen.dtype)
     torch.set_num_threads(1)
